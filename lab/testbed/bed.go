@@ -106,7 +106,9 @@ func (b *Bed) Start(ctx context.Context, host string, args ...string) error {
 }
 
 // Output returns what the host's last started daemon wrote to standard output.
-func (b *Bed) Output(host string) ([]byte, error) { return os.ReadFile(filepath.Join(b.dir, host+".out")) }
+func (b *Bed) Output(host string) ([]byte, error) {
+	return os.ReadFile(filepath.Join(b.dir, host+".out"))
+}
 
 // Errors returns what the host's daemons wrote to standard error.
 func (b *Bed) Errors(host string) string {
@@ -253,9 +255,9 @@ func (b *Bed) WaitHealthy(ctx context.Context, host string) (node.Status, error)
 	return b.WaitStatus(ctx, host, "a healthy cluster", func(s node.Status) bool { return s.Health == node.Healthy })
 }
 
-// Three brings up n1 and n2 with PostgreSQL and the witness w, healthy.
+// Three brings up n1 and n2 with PostgreSQL and a witness, healthy.
 func (b *Bed) Three(ctx context.Context, initArgs ...string) error {
-	if err := b.AddHosts(ctx, "n1", "n2", "w"); err != nil {
+	if err := b.AddHosts(ctx, "n1", "n2", "witness"); err != nil {
 		return err
 	}
 	r, err := b.Init(ctx, "n1", initArgs...)
@@ -265,7 +267,7 @@ func (b *Bed) Three(ctx context.Context, initArgs ...string) error {
 	if _, err := b.Join(ctx, "n2", r.Data.Token); err != nil {
 		return err
 	}
-	if _, err := b.Join(ctx, "w", r.Witness.Token, "--witness"); err != nil {
+	if _, err := b.Join(ctx, "witness", r.Witness.Token, "--witness"); err != nil {
 		return err
 	}
 	_, err = b.WaitHealthy(ctx, "n1")
@@ -311,4 +313,3 @@ func lastLines(s string, n int) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
-

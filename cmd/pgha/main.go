@@ -1,0 +1,93 @@
+// Command pgha runs PostgreSQL on two VMs and a witness so that it survives
+// the loss of any one of them.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"pgha/lab"
+	"pgha/node"
+)
+
+func main() {
+	lab.MaybeInit() // does not return in the first process of a lab's host
+	os.Exit(run(os.Args))
+}
+
+// exitError carries an exit status without a message of its own.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+func run(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	err := newApp().RunContext(ctx, args)
+	var code exitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &code):
+		return int(code)
+	}
+	fmt.Fprintln(os.Stderr, "pgha: "+err.Error())
+	return 1
+}
+
+func newApp() *cli.App {
+	app := &cli.App{
+		Name:    "pgha",
+		Usage:   "PostgreSQL that survives the loss of a machine",
+		Version: node.Version,
+		Description: "On the first VM:   pgha init\n" +
+			"On the second VM:  pgha join TOKEN\n" +
+			"On a small third:  pgha join --witness TOKEN",
+		EnableBashCompletion: true,
+		HideVersion:          true,
+		Suggest:              true,
+		// main prints errors, once.
+		ExitErrHandler: func(*cli.Context, error) {},
+		Commands: []*cli.Command{
+			initCommand(), joinCommand(), statusCommand(), tokenCommand(), psqlCommand(), logsCommand(),
+			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(),
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return fmt.Errorf("no command %q: see pgha help", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	for _, c := range app.Commands {
+		plainUsageErrors(c)
+	}
+	return app
+}
+
+// plainUsageErrors has a wrong flag answered by one line instead of the help.
+func plainUsageErrors(c *cli.Command) {
+	c.OnUsageError = func(ctx *cli.Context, err error, _ bool) error {
+		return fmt.Errorf("%w: see pgha %s --help", err, ctx.Command.FullName())
+	}
+	for _, sub := range c.Subcommands {
+		plainUsageErrors(sub)
+	}
+}
+
+var jsonFlag = &cli.BoolFlag{Name: "json", Usage: "print JSON"}
+var yesFlag = &cli.BoolFlag{Name: "yes", Aliases: []string{"y"}, Usage: "do not ask"}
+
+// noArgs refuses arguments that a command would ignore.
+func noArgs(c *cli.Context) error {
+	if c.Args().Present() {
+		return fmt.Errorf("%s takes no argument, but was given %q", c.Command.FullName(), c.Args().First())
+	}
+	return nil
+}

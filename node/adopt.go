@@ -1,0 +1,69 @@
+package node
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// ownedSettings are settings of an adopted PostgreSQL that pgha or Patroni
+// sets itself, or that name files outside the data directory.
+var ownedSettings = map[string]bool{
+	"data_directory": true, "hba_file": true, "ident_file": true, "external_pid_file": true,
+	"listen_addresses": true, "port": true, "unix_socket_directories": true, "cluster_name": true,
+	"ssl": true, "ssl_cert_file": true, "ssl_key_file": true, "ssl_ca_file": true,
+	"log_directory": true, "logging_collector": true, "log_destination": true, "stats_temp_directory": true,
+	"include_dir": true, "include": true, "include_if_exists": true,
+	"wal_level": true, "hot_standby": true, "max_wal_senders": true, "max_replication_slots": true,
+	"synchronous_standby_names": true, "primary_conninfo": true, "primary_slot_name": true,
+}
+
+// adoptedSettings returns the settings of an adopted data directory whose
+// configuration Debian keeps in /etc/postgresql: what the operator has set
+// stays, what the cluster needs to own goes.
+func adoptedSettings(major int, dir string) ([]byte, error) {
+	conf := filepath.Join("/etc/postgresql", fmt.Sprint(major), filepath.Base(dir), "postgresql.conf")
+	data, err := os.ReadFile(conf)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []byte("# made by pgha: this data directory had no postgresql.conf\n"), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read settings of the adopted PostgreSQL: %w", err)
+	}
+	files := [][]byte{data}
+	extra, err := filepath.Glob(filepath.Join(filepath.Dir(conf), "conf.d", "*.conf"))
+	if err != nil {
+		return nil, fmt.Errorf("find settings of the adopted PostgreSQL: %w", err)
+	}
+	for _, path := range extra {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read settings of the adopted PostgreSQL: %w", err)
+		}
+		files = append(files, data)
+	}
+	return append([]byte("# taken over by pgha from "+conf+"\n"), keepSettings(files...)...), nil
+}
+
+// keepSettings returns the lines of postgresql.conf files that set something
+// that pgha does not own.
+func keepSettings(files ...[]byte) []byte {
+	var out bytes.Buffer
+	for _, f := range files {
+		sc := bufio.NewScanner(bytes.NewReader(f))
+		for sc.Scan() {
+			line := strings.TrimSpace(sc.Text())
+			name, _, _ := strings.Cut(strings.ReplaceAll(line, "=", " "), " ")
+			if line == "" || line[0] == '#' || ownedSettings[strings.ToLower(name)] {
+				continue
+			}
+			out.WriteString(line + "\n")
+		}
+	}
+	return out.Bytes()
+}

@@ -1,0 +1,171 @@
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"pgha/cluster"
+	"pgha/pki"
+)
+
+const (
+	apiBody        = 1 << 20 // bytes of a request that are read
+	apiIdle        = time.Minute
+	apiHeader      = 5 * time.Second
+	apiShutdown    = 2 * time.Second
+	apiReadTimeout = 30 * time.Second
+)
+
+// serveLocal answers the command line on the unix socket. Who may open the
+// socket, root alone, may do everything.
+func (n *Node) serveLocal(ctx context.Context) error {
+	path := n.paths.Socket()
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove old socket: %w", err)
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return fmt.Errorf("set mode of socket: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) })
+	mux.HandleFunc("GET /v1/node", func(w http.ResponseWriter, r *http.Request) { reply(w, n.report(r.Context()), nil) })
+	mux.HandleFunc("GET /v1/tokens", n.listTokens)
+	mux.HandleFunc("POST /v1/tokens", n.createToken)
+	mux.HandleFunc("DELETE /v1/tokens/{id}", n.revokeToken)
+	mux.HandleFunc("POST /v1/leave", n.leaveHandler)
+	mux.HandleFunc("POST /v1/certificates", n.renewHandler)
+	return serveHTTP(ctx, l, mux, n.opts.Log)
+}
+
+// serveRemote answers peers and joining nodes over TLS. A client without a
+// certificate may join, and nothing else.
+func (n *Node) serveRemote(ctx context.Context) error {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort("", fmt.Sprint(n.cfg.Ports.API)))
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	mux := http.NewServeMux()
+	joins := n.joinHandler()
+	mux.Handle("POST "+cluster.PathJoin, joins)
+	mux.Handle("GET "+cluster.PathHello, joins)
+	mux.Handle("POST "+cluster.PathRenew, joins)
+	mux.Handle("GET /v1/node", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.report(r.Context()), nil) }))
+	mux.Handle("GET /v1/status", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) }))
+	return serveHTTP(ctx, tls.NewListener(l, n.certs.ServerConfig(tls.VerifyClientCertIfGiven)), mux, n.opts.Log)
+}
+
+// joinHandler serves joins and renewals with the store of the running etcd
+// member, of which there may be several in the daemon's life.
+func (n *Node) joinHandler() http.Handler {
+	var mu sync.Mutex
+	var server *cluster.Server
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		store := n.store.Load()
+		if store == nil {
+			reply(w, nil, n.notReady())
+			return
+		}
+		mu.Lock()
+		if server == nil || server.Store != store {
+			server = &cluster.Server{
+				Store: store, Identity: n.identity(), Node: n.cfg.Name, Version: Version, PGMajor: n.pgMajor,
+				Membership: n, OnMember: n.admit, Log: n.opts.Log.With("component", "join"),
+			}
+			if n.sealing != nil {
+				server.CA = n.ca
+				server.Key = func() (cluster.SealingKey, error) { return *n.sealing, nil }
+			}
+		}
+		h := server.Handler()
+		mu.Unlock()
+		h.ServeHTTP(w, r)
+	})
+}
+
+// peersOnly admits this cluster's node certificates whose node is on the roster.
+func (n *Node) peersOnly(h http.HandlerFunc) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, err := pki.PeerIdentity(*r.TLS)
+		if err == nil {
+			err = n.isPeer(id)
+		}
+		if err == nil && !n.onRoster(id.Node) {
+			err = fmt.Errorf("node %q is not a member of this cluster", id.Node)
+		}
+		if err != nil {
+			reply(w, nil, &cluster.Error{Code: cluster.CodeNoMember, Message: "this needs the certificate of a node of this cluster: " + err.Error()})
+			return
+		}
+		h(w, r)
+	})
+}
+
+// onRoster tells whether the cluster has a node of that name. A node that has
+// not read the roster yet believes the certificate.
+func (n *Node) onRoster(name string) bool {
+	members := n.snapshot().Members
+	for _, m := range members {
+		if m.Name == name {
+			return true
+		}
+	}
+	return len(members) == 0
+}
+
+func serveHTTP(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: apiHeader, ReadTimeout: apiReadTimeout, IdleTimeout: apiIdle,
+		ErrorLog: slog.NewLogLogger(log.With("component", "api").Handler(), slog.LevelDebug),
+	}
+	stop := context.AfterFunc(ctx, func() {
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), apiShutdown)
+		defer cancel()
+		if srv.Shutdown(end) != nil {
+			_ = srv.Close() // whoever still talks has had its time
+		}
+	})
+	defer stop()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve: %w", err)
+	}
+	return nil
+}
+
+// decode reads a JSON request strictly.
+func decode(w http.ResponseWriter, r *http.Request, v any) error {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, apiBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return &cluster.Error{Code: cluster.CodeBadRequest, Message: "the request cannot be read: " + err.Error()}
+	}
+	return nil
+}
+
+// reply writes v, or err in the form that callAPI understands.
+func reply(w http.ResponseWriter, v any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		var e *cluster.Error
+		if !errors.As(err, &e) {
+			e = &cluster.Error{Code: cluster.CodeUnavailable, Message: err.Error()}
+		}
+		w.WriteHeader(e.Code.HTTPStatus())
+		v = e
+	}
+	_ = json.NewEncoder(w).Encode(v) // the client has gone; nobody to tell
+}

@@ -1,0 +1,287 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"pgha/cluster"
+	"pgha/embedded"
+	"pgha/patroni"
+	"pgha/pki"
+)
+
+// retryEtcd is the pause before etcd is started again after an error that an
+// operator has to mend, such as a full disk.
+const retryEtcd = 5 * time.Second
+
+// profiles are the raft timers. They must be the same on every member.
+var profiles = map[string]embedded.Profile{
+	"fast":   {Heartbeat: 100 * time.Millisecond, Election: time.Second},
+	"steady": {Heartbeat: 250 * time.Millisecond, Election: 2500 * time.Millisecond},
+	"wide":   {Heartbeat: 500 * time.Millisecond, Election: 5 * time.Second},
+}
+
+// runEtcd starts the etcd member and keeps it. What an operator can mend is
+// tried again without a restart of the daemon; a fatal error inside etcd ends
+// the daemon, because etcd's own state is then undefined.
+func (n *Node) runEtcd(ctx context.Context) error {
+	fatal := make(chan error, 1)
+	for ctx.Err() == nil {
+		srv, err := embedded.Start(ctx, n.etcdConfig(fatal))
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			n.setEtcdState(err.Error())
+			n.problem("etcd", err)
+			if !sleep(ctx, retryEtcd) {
+				return nil
+			}
+			continue
+		}
+		n.etcd.Store(srv)
+		n.store.Store(cluster.NewStore(srv.Client(), n.state.ClusterID))
+		err = n.superviseEtcd(ctx, srv, fatal)
+		if ctx.Err() != nil {
+			return nil // stop() ends the server, after the children
+		}
+		n.etcd.Store(nil)
+		if errors.Is(err, errEtcdFatal) {
+			return err
+		}
+		srv.Stop()
+		n.setEtcdState(err.Error())
+		n.problem("etcd", err)
+		if errors.Is(err, embedded.ErrRemoved) {
+			// Nothing that waiting could mend: stay up, say so, serve status.
+			<-ctx.Done()
+			return nil
+		}
+		if !sleep(ctx, retryEtcd) {
+			return nil
+		}
+	}
+	return nil
+}
+
+var errEtcdFatal = errors.New("etcd met a fatal error")
+
+// superviseEtcd waits until the member is of use, then until it ends.
+func (n *Node) superviseEtcd(ctx context.Context, srv *embedded.Server, fatal <-chan error) error {
+	ready := make(chan error, 1)
+	readyCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { ready <- n.etcdReady(readyCtx, srv) }()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-fatal:
+			return fmt.Errorf("%w: %w", errEtcdFatal, err)
+		case <-srv.Done():
+			if err := srv.Err(); err != nil {
+				return err
+			}
+			return errors.New("etcd has stopped by itself")
+		case err := <-ready:
+			if err != nil {
+				return err
+			}
+			ready = nil
+		}
+	}
+}
+
+// etcdReady waits for a leader, founds the cluster's record if this is the
+// founder's first start, and lets the rest of the node begin.
+func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
+	n.setEtcdState("waiting for a quorum")
+	n.setWaiting("waiting for etcd: " + n.votersNeeded())
+	for {
+		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := srv.WaitReady(wait)
+		cancel()
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		n.problem("etcd", err)
+	}
+	for n.state.Founder {
+		err := n.found(ctx)
+		if err == nil {
+			break
+		}
+		if errors.Is(err, cluster.ErrOtherCluster) {
+			return err
+		}
+		n.problem("etcd", err)
+		if !sleep(ctx, time.Second) {
+			return nil
+		}
+	}
+	n.problem("etcd", nil)
+	n.setEtcdState("running")
+	n.setWaiting("reading the cluster's state")
+	n.wake()
+	return n.watchKeys(ctx, srv)
+}
+
+func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
+	world := n.snapshot()
+	profile, ok := profiles[world.Settings.Profile]
+	if !ok {
+		profile = profiles["fast"]
+	}
+	bundle := n.pki.BundlePath(pki.RoleNode)
+	c := embedded.Config{
+		Name: n.cfg.Name, DataDir: n.paths.etcd(),
+		PeerURL:  peerURL(n.cfg.Address, n.cfg.Ports),
+		CertFile: bundle, KeyFile: bundle, CAFile: n.pki.CAPath(),
+		Token: n.state.ClusterID, InitialCluster: maps.Clone(n.state.InitialCluster),
+		Bootstrap: n.state.Founder && !n.state.Founded, Profile: profile,
+		FatalFile: n.paths.etcdFatal(),
+		OnFatal: func(err error) {
+			select {
+			case fatal <- err:
+			default:
+			}
+		},
+		Log: n.opts.Log,
+	}
+	for _, m := range world.Members {
+		if n.state.Founded { // whom to ask if this member's data is lost
+			c.InitialCluster[m.Name] = m.PeerURL()
+		}
+	}
+	if n.cfg.Role == cluster.RoleData {
+		c.ClientURL = "https://" + hostPort(n.cfg.Address, n.cfg.Ports.EtcdClient)
+	}
+	return c
+}
+
+// watchKeys wakes the reconciler whenever the roster, the settings or one of
+// Patroni's keys change. It ends with ctx.
+func (n *Node) watchKeys(ctx context.Context, srv *embedded.Server) error {
+	go func() {
+		for ctx.Err() == nil {
+			watched, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+			c := srv.Client()
+			own := c.Watch(watched, cluster.NewStore(c, n.state.ClusterID).Prefix(), clientv3.WithPrefix())
+			theirs := c.Watch(watched, patroni.Prefix(n.cfg.Cluster), clientv3.WithPrefix())
+			for open := true; open; {
+				var r clientv3.WatchResponse
+				select {
+				case r, open = <-own:
+				case r, open = <-theirs:
+				}
+				open = open && r.Err() == nil
+				n.wake()
+			}
+			cancel()
+			sleep(ctx, 500*time.Millisecond) // a lost watch costs one poll, no more
+		}
+	}()
+	return nil
+}
+
+func (n *Node) setEtcdState(s string) {
+	n.mu.Lock()
+	n.etcdState = s
+	n.mu.Unlock()
+}
+
+// votersNeeded names the members that etcd may be waiting for.
+func (n *Node) votersNeeded() string {
+	w := n.snapshot()
+	if len(w.Members) <= 1 {
+		return "starting this member"
+	}
+	s := "a majority of its voters must be up ("
+	for i, m := range w.Members {
+		if i > 0 {
+			s += ", "
+		}
+		s += m.Name
+	}
+	return s + ")"
+}
+
+// doorAddr is where Patroni finds etcd on this host.
+func (n *Node) doorAddr() string {
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(int(n.cfg.Ports.EtcdClient)))
+}
+
+// leadDoor leads the door where doorTarget says.
+func (n *Node) leadDoor(ctx context.Context, w world) {
+	srv := n.etcd.Load()
+	if srv == nil {
+		return
+	}
+	st, err := srv.Status(ctx)
+	if err != nil || !st.HasLeader {
+		return // what is open may be of use again in a moment
+	}
+	reachable := map[string]bool{}
+	for name := range n.seen.lately() {
+		reachable[name] = true
+	}
+	if target := doorTarget(n.cfg.Name, st, w.Members, reachable); target != "" {
+		n.door.lead(target)
+	}
+}
+
+// doorTarget decides where the etcd door leads: to the local member, unless
+// it is a learner, whose client port refuses everything but stale reads; then
+// to the etcd leader, or any other voter that has a client port and answers.
+func doorTarget(self string, s embedded.Status, members []cluster.Member, reachable map[string]bool) string {
+	addr := map[string]string{}
+	for _, m := range members {
+		if m.Role == cluster.RoleData {
+			addr[m.Name] = hostPort(m.Addr, m.Ports.EtcdClient)
+		}
+	}
+	if !s.Learner {
+		return addr[self]
+	}
+	best := ""
+	for _, m := range s.Members {
+		a, known := addr[m.Name]
+		if !known || m.Learner || m.Name == self {
+			continue
+		}
+		if best == "" || reachable[m.Name] || m.ID == s.LeaderID {
+			best = a
+		}
+		if m.ID == s.LeaderID {
+			break
+		}
+	}
+	return best
+}
+
+func peerURL(a netip.Addr, p cluster.Ports) string { return "https://" + hostPort(a, p.EtcdPeer) }
+
+func hostPort(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
+
+// sleep waits for d and says whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

@@ -1,0 +1,359 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"pgha/cluster"
+	"pgha/embedded"
+	"pgha/firewall"
+	"pgha/haproxy"
+	"pgha/internal/host"
+	"pgha/patroni"
+	"pgha/pki"
+	"pgha/supervisor"
+	"pgha/systemd"
+)
+
+// Version of the program; the build sets it.
+var Version = "dev"
+
+// Options start a Node.
+type Options struct {
+	Paths Paths
+	Log   *slog.Logger
+	// Foreground is true when no service manager keeps the daemon: a signal
+	// then always means that the whole node stops.
+	Foreground bool
+}
+
+// Node is the daemon of one node.
+type Node struct {
+	paths Paths
+	cfg   Config
+	state State
+	log   *slog.Logger
+	opts  Options
+
+	pki     pki.Dir
+	certs   *pki.Reloader
+	sealing *cluster.SealingKey // data nodes only
+	owners  owners
+	fw      *firewall.Firewall
+	door    *door
+	patroni *supervisor.Process // data nodes only
+	haproxy *supervisor.Process // data nodes only
+	runtime *haproxy.Runtime
+	version patroni.Version
+
+	etcd  atomic.Pointer[embedded.Server]
+	store atomic.Pointer[cluster.Store]
+
+	rolesDone atomic.Bool // an adopted cluster has its database roles
+
+	fwMu      sync.Mutex
+	fwApplied *firewall.Policy
+
+	kick chan struct{} // wakes the reconciler
+	seen peers         // what the other members answered lately
+
+	mu        sync.Mutex
+	waiting   string            // what the start waits for; "" once it is over
+	problems  map[string]string // by part: what is wrong now
+	world     world             // what the reconciler saw last
+	etcdState string            // running, or why not
+	rest      map[[3]string]*patroni.Client
+	lastTick  time.Time // when the reconciler last finished a round
+}
+
+// world is what the reconciler works from.
+type world struct {
+	Members  []cluster.Member
+	Settings cluster.Settings
+	JoinOpen bool // unexpired join tokens exist
+	View     patroni.ClusterView
+	Viewed   bool // View was read from etcd in this round
+	Secrets  *cluster.Secrets
+}
+
+// owners are the operating system's users of the children.
+type owners struct {
+	postgres, haproxy *supervisor.User
+}
+
+// Open reads and checks what is on disk. It changes nothing but missing
+// directories, and starts nothing.
+func Open(opts Options) (*Node, error) {
+	state, err := LoadState(opts.Paths)
+	if err != nil {
+		return nil, err
+	}
+	if state.Phase != PhaseReady {
+		return nil, fmt.Errorf("%s was interrupted on this host: run the same command again, or pgha reset", initOrJoin(state))
+	}
+	cfg, err := LoadConfig(opts.Paths.Config())
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Name != state.Node || cfg.Cluster != state.ClusterName || cfg.Role != state.Role {
+		return nil, fmt.Errorf("%s says this is the %s node %q of cluster %q, but the data on disk belongs to the %s node %q of cluster %q: put the configuration right, or pgha reset",
+			opts.Paths.Config(), cfg.Role, cfg.Name, cfg.Cluster, state.Role, state.Node, state.ClusterName)
+	}
+	n := &Node{
+		paths: opts.Paths, cfg: cfg, state: state, opts: opts,
+		log:       opts.Log.With("component", "pgha"),
+		kick:      make(chan struct{}, 1),
+		problems:  map[string]string{},
+		rest:      map[[3]string]*patroni.Client{},
+		etcdState: "starting",
+		waiting:   "starting",
+	}
+	if err := makeDirs(n.paths); err != nil {
+		return nil, err
+	}
+	if n.owners, err = lookupOwners(cfg.Role); err != nil {
+		return nil, err
+	}
+	n.pki = pkiDir(n.paths, n.owners)
+	for _, r := range cfg.Role.Roles() {
+		if err := n.pki.Verify(state.ClusterID, state.Node, r); err != nil {
+			return nil, fmt.Errorf("check certificates: %w", err)
+		}
+	}
+	if n.certs, err = pki.NewReloader(n.pki, pki.RoleNode, opts.Log); err != nil {
+		return nil, fmt.Errorf("load node certificate: %w", err)
+	}
+	if cfg.Role == cluster.RoleData {
+		if err := n.openData(); err != nil {
+			return nil, err
+		}
+	}
+	n.door = newDoor(opts.Log)
+	n.seen.init(n)
+	return n, nil
+}
+
+// openData prepares what only data nodes have.
+func (n *Node) openData() error {
+	key, err := cluster.LoadSealingKey(n.paths.sealingKey())
+	if err != nil {
+		return fmt.Errorf("load sealing key: %w", err)
+	}
+	n.sealing = &key
+	if n.version, err = patroni.InstalledVersion(context.Background(), patroniBin); err != nil {
+		return fmt.Errorf("ask Patroni for its version: %w", err)
+	}
+	if err := n.makeDataDirs(); err != nil {
+		return err
+	}
+	if n.patroni, err = supervisor.New(n.patroniSpec(), n.opts.Log); err != nil {
+		return fmt.Errorf("prepare Patroni: %w", err)
+	}
+	if n.haproxy, err = supervisor.New(n.haproxySpec(), n.opts.Log); err != nil {
+		return fmt.Errorf("prepare HAProxy: %w", err)
+	}
+	n.runtime = &haproxy.Runtime{Socket: n.haproxySocket()}
+	return nil
+}
+
+// Run runs the node until ctx ends, or etcd dies of a fatal error. How it
+// leaves the children is decided by why it stops: see stop.
+func (n *Node) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if n.cfg.Firewall.Mode != FirewallOff {
+		fw, err := firewall.New(n.opts.Log)
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		n.fw = fw
+	}
+	n.loadCache()
+	// The firewall stands before anything listens.
+	n.applyFirewall(ctx)
+
+	// Whatever a dead daemon has left running is taken over before anything
+	// that can wait: Patroni must not miss its etcd for long.
+	n.adoptChildren(ctx)
+
+	// The unit has started once the daemon can be asked what it waits for; a
+	// cluster that lacks its quorum must not make systemd restart it.
+	if err := systemd.NotifyReady(); err != nil {
+		n.log.Warn("cannot tell systemd", "err", err)
+	}
+	run, runCtx := errgroup.WithContext(ctx)
+	serve := func(name string, f func(context.Context) error) {
+		run.Go(func() error {
+			if err := f(runCtx); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	serve("serve local API", n.serveLocal)
+	serve("serve API", n.serveRemote)
+	if n.cfg.Role == cluster.RoleData {
+		serve("serve etcd door", func(ctx context.Context) error { return n.door.serve(ctx, n.doorAddr()) })
+	}
+	serve("run etcd", n.runEtcd)
+	serve("reconcile", n.reconcileLoop)
+	serve("lead", n.leadLoop)
+	serve("watch peers", n.seen.loop)
+	serve("watch firewall", n.watchFirewall)
+	serve("ping watchdog", n.pingWatchdog)
+	err := run.Wait()
+	if ctx.Err() != nil {
+		err = nil // asked to stop
+	}
+	return errors.Join(err, n.stop(ctx.Err() != nil))
+}
+
+// stop ends the node's parts in the order in which they need each other.
+// Patroni goes first, while it can still hand its leadership over through etcd.
+func (n *Node) stop(asked bool) error {
+	why := systemd.StopUnit
+	if !n.opts.Foreground {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		why = systemd.WhyStopping(ctx)
+		cancel()
+	}
+	var err error
+	if !asked || why == systemd.RestartUnit {
+		n.log.Info("leaving Patroni and HAProxy running for the next daemon")
+		err = n.detachChildren()
+	} else {
+		if err := systemd.NotifyStopping(); err != nil {
+			n.log.Warn("cannot tell systemd", "err", err)
+		}
+		n.log.Info("stopping the node", "why", why)
+		err = n.stopChildren()
+	}
+	if s := n.etcd.Swap(nil); s != nil {
+		s.Stop()
+	}
+	n.log.Info("stopped")
+	return err
+}
+
+// pingWatchdog tells systemd that the daemon lives, as long as the reconciler
+// does its rounds.
+func (n *Node) pingWatchdog(ctx context.Context) error {
+	every := systemd.WatchdogInterval() / 3
+	if every <= 0 {
+		return nil
+	}
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		n.mu.Lock()
+		stuck := time.Since(n.lastTick) > reconcileStuck
+		n.mu.Unlock()
+		if stuck {
+			n.log.Error("the reconciler is stuck; systemd will restart pgha, Patroni and HAProxy go on")
+			continue
+		}
+		if err := systemd.NotifyWatchdog(); err != nil {
+			n.log.Warn("cannot ping the watchdog", "err", err)
+		}
+	}
+}
+
+// setWaiting says what the start waits for, in the log, to systemd and in
+// status; "" says that it waits for nothing more.
+func (n *Node) setWaiting(what string) {
+	n.mu.Lock()
+	changed := n.waiting != what
+	n.waiting = what
+	n.mu.Unlock()
+	if !changed {
+		return
+	}
+	if what == "" {
+		what = "running"
+	}
+	n.log.Info("start", "state", what)
+	if err := systemd.NotifyStatus(what); err != nil {
+		n.log.Warn("cannot tell systemd", "err", err)
+	}
+}
+
+// problem records what is wrong with a part, or with a nil error that it is
+// right again. A problem is logged once, when it appears or changes.
+func (n *Node) problem(part string, err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	n.mu.Lock()
+	old := n.problems[part]
+	if text == "" {
+		delete(n.problems, part)
+	} else {
+		n.problems[part] = text
+	}
+	n.mu.Unlock()
+	switch {
+	case text == old:
+	case text == "":
+		n.log.Info("problem is over", "part", part)
+	default:
+		n.log.Error("problem", "part", part, "err", text)
+	}
+}
+
+func (n *Node) wake() {
+	select {
+	case n.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (n *Node) snapshot() world {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.world
+}
+
+func lookupOwners(role cluster.NodeRole) (owners, error) {
+	var o owners
+	if role != cluster.RoleData {
+		return o, nil
+	}
+	for name, to := range map[string]**supervisor.User{"postgres": &o.postgres, "haproxy": &o.haproxy} {
+		uid, gid, groups, err := host.LookupUser(name)
+		if err != nil {
+			return o, fmt.Errorf("look up user %s (its package creates it): %w", name, err)
+		}
+		*to = &supervisor.User{UID: uid, GID: gid, Groups: groups}
+	}
+	return o, nil
+}
+
+func pkiDir(p Paths, o owners) pki.Dir {
+	d := pki.Dir{Path: p.PKI(), Owners: map[pki.Role]pki.Owner{}}
+	if o.postgres != nil {
+		owner := pki.Owner{UID: int(o.postgres.UID), GID: int(o.postgres.GID)}
+		d.Owners[pki.RolePostgres], d.Owners[pki.RolePatroni] = owner, owner
+		d.Owners[pki.RoleHAProxy] = pki.Owner{UID: int(o.haproxy.UID), GID: int(o.haproxy.GID)}
+	}
+	return d
+}
+
+func initOrJoin(s State) string {
+	if s.Founder {
+		return "pgha init"
+	}
+	return "pgha join"
+}

@@ -1,0 +1,275 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"pgha/cluster"
+	"pgha/embedded"
+	"pgha/internal/host"
+	"pgha/patroni"
+	"pgha/pki"
+	"pgha/supervisor"
+)
+
+// Report is what a node knows of itself. Peers ask for it; status is made of
+// the reports of all members.
+type Report struct {
+	Name     string           `json:"name"`
+	Role     cluster.NodeRole `json:"role"`
+	Version  string           `json:"version"`
+	PID      int              `json:"pid"` // of the daemon
+	At       time.Time        `json:"at"`
+	Waiting  string           `json:"waiting,omitempty"`
+	Problems []string         `json:"problems,omitempty"`
+	Etcd     EtcdReport       `json:"etcd"`
+	Postgres PostgresReport   `json:"postgres,omitzero"`
+	Children []ChildReport    `json:"children,omitempty"`
+	Certs    []CertReport     `json:"certificates"`
+}
+
+// EtcdReport is the state of a node's etcd member. Indexes are raft's.
+type EtcdReport struct {
+	State     string `json:"state"` // "running", or what is wrong
+	MemberID  uint64 `json:"member_id,string"`
+	HasLeader bool   `json:"has_leader"`
+	IsLeader  bool   `json:"is_leader"`
+	Learner   bool   `json:"learner"`
+	Applied   uint64 `json:"applied"`
+	Committed uint64 `json:"committed"`
+	DBSize    int64  `json:"db_size"` // bytes
+}
+
+// PostgresReport is what the node's Patroni says of its PostgreSQL.
+type PostgresReport struct {
+	State          string `json:"state"`
+	Role           string `json:"role"` // primary, replica, or "" while it does not run
+	Timeline       int    `json:"timeline"`
+	LSN            uint64 `json:"lsn"` // written by a primary, received by a replica
+	PendingRestart bool   `json:"pending_restart"`
+}
+
+// ChildReport is the state of a supervised process.
+type ChildReport struct {
+	Name     string    `json:"name"`
+	State    string    `json:"state"`
+	Reason   string    `json:"reason,omitempty"`
+	PID      int       `json:"pid,omitempty"`
+	Since    time.Time `json:"since"`
+	Restarts int       `json:"restarts"`
+	Adopted  bool      `json:"adopted"`
+}
+
+// CertReport says when a certificate ends.
+type CertReport struct {
+	Role     pki.Role  `json:"role"`
+	NotAfter time.Time `json:"not_after"`
+}
+
+// report gathers what this node knows of itself. It needs no quorum and no
+// peer, and ends within a second or two whatever hangs.
+func (n *Node) report(ctx context.Context) Report {
+	n.mu.Lock()
+	r := Report{Name: n.cfg.Name, Role: n.cfg.Role, Version: Version, PID: os.Getpid(), At: time.Now(), Waiting: n.waiting, Etcd: EtcdReport{State: n.etcdState}}
+	for _, part := range slices.Sorted(maps.Keys(n.problems)) {
+		r.Problems = append(r.Problems, part+": "+n.problems[part])
+	}
+	n.mu.Unlock()
+	r.Problems = append(r.Problems, n.diskProblems()...)
+	if srv := n.etcd.Load(); srv != nil {
+		if st, err := srv.Status(ctx); err == nil {
+			r.Etcd = etcdReport(r.Etcd.State, st)
+			for _, a := range st.Alarms {
+				r.Problems = append(r.Problems, "etcd alarm: "+a)
+			}
+		}
+	}
+	for _, role := range n.cfg.Role.Roles() {
+		if b, err := n.pki.Bundle(role); err == nil {
+			r.Certs = append(r.Certs, CertReport{Role: role, NotAfter: b.Leaf.NotAfter})
+			if left := time.Until(b.Leaf.NotAfter); left < pki.LeafLifetime/6 {
+				r.Problems = append(r.Problems, fmt.Sprintf("certificate %s ends in %s and was not renewed", role, left.Round(time.Hour)))
+			}
+		}
+	}
+	if n.cfg.Role != cluster.RoleData {
+		return r
+	}
+	for _, p := range []*supervisor.Process{n.patroni, n.haproxy} {
+		st := p.Status()
+		r.Children = append(r.Children, ChildReport{
+			Name: st.Name, State: st.State.String(), Reason: st.Reason, PID: st.PID, Since: st.Since, Restarts: st.Restarts, Adopted: st.Adopted,
+		})
+		if st.State == supervisor.Failed || st.State == supervisor.BackingOff {
+			r.Problems = append(r.Problems, fmt.Sprintf("%s does not stay up: %s", st.Name, st.Reason))
+		}
+	}
+	r.Postgres = n.postgresReport(ctx)
+	return r
+}
+
+func (n *Node) postgresReport(ctx context.Context) PostgresReport {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	st, err := n.restClient(n.snapshot(), n.cfg.Address, n.cfg.Ports.Patroni).Status(ctx)
+	if err != nil {
+		return PostgresReport{State: "patroni does not answer"}
+	}
+	r := PostgresReport{State: st.State, Timeline: st.Timeline, LSN: max(st.Location, st.ReceivedLocation), PendingRestart: st.PendingRestart}
+	if st.State == "running" || st.State == "streaming" {
+		r.Role = pgReplica
+		if st.Role == patroni.RoleLeader {
+			r.Role = pgPrimary
+		}
+	}
+	return r
+}
+
+func etcdReport(state string, st embedded.Status) EtcdReport {
+	return EtcdReport{
+		State: state, MemberID: st.MemberID, HasLeader: st.HasLeader, IsLeader: st.IsLeader, Learner: st.Learner,
+		Applied: st.Applied, Committed: st.Committed, DBSize: st.DBSize,
+	}
+}
+
+// lowDisk is the part of a file system below which a node says that its disk
+// is nearly full.
+const lowDisk = 0.05
+
+func (n *Node) diskProblems() []string {
+	dirs := []string{n.paths.Lib}
+	if n.cfg.Role == cluster.RoleData {
+		dirs = append(dirs, n.cfg.Postgres.DataDir)
+	}
+	for _, d := range dirs {
+		free, total, err := host.DiskFree(d)
+		if err == nil && total > 0 && float64(free)/float64(total) < lowDisk {
+			return []string{fmt.Sprintf("disk nearly full: %s has %s left of %s", d, FormatBytes(free), FormatBytes(total))}
+		}
+	}
+	return nil
+}
+
+// status asks every member for its report and judges the whole.
+func (n *Node) status(ctx context.Context) Status {
+	w := n.snapshot()
+	reports := n.seen.ask(ctx, w.Members)
+	self := n.report(ctx)
+	reports[n.cfg.Name] = self
+	s := Status{Cluster: n.state.ClusterName, ClusterID: n.state.ClusterID, SeenBy: n.cfg.Name, At: time.Now(), Waiting: self.Waiting}
+	o := observation{async: w.Settings.Async, maxLag: patroni.MaxLagOnFailover, paused: w.View.Paused}
+	var etcd embedded.Status
+	if srv := n.etcd.Load(); srv != nil {
+		if st, err := srv.Status(ctx); err == nil {
+			etcd = st
+			o.quorum = st.HasLeader
+			o.viewed = !st.HasLeader || w.Viewed
+		}
+	}
+	o.leader = leaderOf(w.View, reports)
+	for _, m := range w.Members {
+		o.members = append(o.members, memberStatus(m, w.View, etcd, o.leader, reports))
+	}
+	o.problems = ghosts(w.Members, etcd.Members)
+	if !o.viewed {
+		o.problems = append(o.problems, self.Problems...)
+	}
+	v := assess(o)
+	s.Members, s.Leader = o.members, o.leader
+	s.Health, s.Promise, s.Survives, s.Verdict, s.ToDo = v.health, v.promise, v.survives, v.text, v.todo
+	s.Problems = self.Problems
+	for _, m := range w.Members {
+		if m.Role == cluster.RoleData {
+			s.ReadWrite = append(s.ReadWrite, hostPort(m.Addr, m.Ports.ReadWrite))
+			s.ReadOnly = append(s.ReadOnly, hostPort(m.Addr, m.Ports.ReadOnly))
+		}
+	}
+	return s
+}
+
+// leaderOf names the primary: the holder of Patroni's leader key, unless its
+// own node says that its PostgreSQL is not (yet, or any more) a primary.
+func leaderOf(v patroni.ClusterView, reports map[string]Report) string {
+	if r, ok := reports[v.Leader]; ok && r.Postgres.Role != pgPrimary {
+		return ""
+	}
+	return v.Leader
+}
+
+func memberStatus(m cluster.Member, v patroni.ClusterView, etcd embedded.Status, leader string, reports map[string]Report) MemberStatus {
+	s := MemberStatus{Name: m.Name, Role: m.Role, Addr: m.Addr, Version: m.Version, Etcd: etcdNone, LagBytes: -1}
+	for _, e := range etcd.Members {
+		if e.Name != m.Name && e.PeerURL != m.PeerURL() {
+			continue
+		}
+		s.Etcd = etcdVoter
+		if e.Learner {
+			s.Etcd = etcdLearner
+		}
+		s.EtcdLeader = e.ID == etcd.LeaderID
+	}
+	s.Sync = slices.Contains(v.Sync.Standbys, m.Name)
+	for _, k := range v.Members {
+		if k.Name == m.Name {
+			s.State, s.Timeline, s.LSN, s.NoFailover = k.State, k.Timeline, k.XLogLocation, k.Tags["nofailover"] == true
+		}
+	}
+	r, ok := reports[m.Name]
+	if !ok {
+		s.State = ""
+		if m.State == cluster.StateJoining {
+			s.Waiting = "it has not finished joining"
+		}
+		return s
+	}
+	s.Reachable, s.Version, s.Waiting, s.Problems = true, r.Version, r.Waiting, r.Problems
+	if m.Role == cluster.RoleData {
+		s.PostgresPort = m.Ports.Postgres
+		s.Postgres, s.State = r.Postgres.Role, r.Postgres.State
+		if r.Postgres.Timeline != 0 {
+			s.Timeline, s.LSN = r.Postgres.Timeline, r.Postgres.LSN
+		}
+		s.LagBytes = lagOf(m.Name, s.LSN, leader, v, reports)
+	}
+	for _, c := range r.Certs {
+		if s.CertExpires.IsZero() || c.NotAfter.Before(s.CertExpires) {
+			s.CertExpires = c.NotAfter
+		}
+	}
+	return s
+}
+
+// lagOf is how many bytes a member is behind the primary, or behind what the
+// primary last wrote to etcd where the primary does not answer; -1 if unknown.
+func lagOf(name string, lsn uint64, leader string, v patroni.ClusterView, reports map[string]Report) int64 {
+	if name == leader {
+		return 0
+	}
+	if lsn == 0 {
+		return -1
+	}
+	head := v.Status.Optime
+	if r, ok := reports[leader]; ok && leader != "" {
+		head = max(head, r.Postgres.LSN)
+	}
+	if head <= lsn {
+		return 0
+	}
+	return int64(head - lsn)
+}
+
+// ghosts names etcd members that no node of the roster stands behind: they
+// count as voters, and eat the tolerance for failures.
+func ghosts(roster []cluster.Member, members []embedded.Member) []string {
+	var out []string
+	for _, e := range members {
+		if !slices.ContainsFunc(roster, func(m cluster.Member) bool { return m.Name == e.Name || m.PeerURL() == e.PeerURL }) {
+			out = append(out, fmt.Sprintf("etcd has a member %q (%s) that is no node of this cluster", e.Name, e.PeerURL))
+		}
+	}
+	return out
+}
