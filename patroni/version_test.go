@@ -1,0 +1,80 @@
+package patroni
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestParseVersion(t *testing.T) {
+	for in, want := range map[string]Version{
+		"patroni 3.0.2\n": {3, 0, 2}, "4.1": {4, 1, 0}, "patroni 10.11.12rc1": {10, 11, 12},
+	} {
+		got, err := ParseVersion(in)
+		if err != nil || got != want {
+			t.Errorf("ParseVersion(%q) = %v, %v, want %v", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"", "patroni", "4", "a.b.c"} {
+		if v, err := ParseVersion(in); err == nil {
+			t.Errorf("ParseVersion(%q) = %v, want an error", in, v)
+		}
+	}
+}
+
+func TestVersionRules(t *testing.T) {
+	for _, tc := range []struct {
+		v                 Version
+		supported, steals bool
+	}{
+		{Version{2, 1, 7}, false, true}, {Version{3, 0, 0}, true, true}, {Version{3, 0, 2}, true, true},
+		{Version{3, 0, 3}, true, false}, {Version{3, 1, 0}, true, false}, {Version{4, 0, 0}, true, false},
+	} {
+		if got := tc.v.Supported() == nil; got != tc.supported {
+			t.Errorf("%s supported: %v, want %v", tc.v, got, tc.supported)
+		}
+		if got := tc.v.StealsLeaderKey(); got != tc.steals {
+			t.Errorf("%s steals the leader key: %v, want %v", tc.v, got, tc.steals)
+		}
+	}
+}
+
+func script(t *testing.T, body string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "program")
+	must(t, os.WriteFile(path, []byte(body), 0o755))
+	return path
+}
+
+func TestInstalledVersion(t *testing.T) {
+	v, err := InstalledVersion(t.Context(), script(t, "#!/bin/sh\necho patroni 4.1.0"))
+	if err != nil || v != (Version{4, 1, 0}) {
+		t.Errorf("got %v, %v", v, err)
+	}
+	if _, err := InstalledVersion(t.Context(), script(t, "#!/bin/sh\necho no module named patroni >&2; exit 1")); err == nil || !strings.Contains(err.Error(), "no module named patroni") {
+		t.Errorf("error %v does not say why", err)
+	}
+	if _, err := InstalledVersion(t.Context(), "/nonexistent/patroni"); err == nil {
+		t.Error("a missing program has a version")
+	}
+}
+
+func TestCheckPython(t *testing.T) {
+	for what, tc := range map[string]struct{ body, want string }{
+		"complete":     {"exit 0", ""},
+		"without idna": {"exit 3", "install the package python3-idna"},
+		"broken":       {"echo cannot load libpython >&2; exit 1", "cannot load libpython"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			python := script(t, "#!/bin/sh\n"+tc.body)
+			err := CheckPython(t.Context(), script(t, "#!"+python+"\nimport patroni\n"))
+			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+				t.Errorf("error %v, want %q", err, tc.want)
+			}
+		})
+	}
+	if err := CheckPython(t.Context(), script(t, "ELF")); err == nil {
+		t.Error("a program that is no script passes")
+	}
+}
