@@ -1,24 +1,15 @@
 package cluster
 
-import (
-	"context"
-	"errors"
-)
+import "context"
 
-var errEnough = errors.New("that is enough")
-
-// CheckToken finds out, without changing anything on either side, whether a
-// member named in the token can be reached, is the one that the token pins,
-// and has the same time.
-func CheckToken(ctx context.Context, tok Token, opts JoinOptions) (Hello, error) {
-	var got Hello
+// CheckJoin asks the cluster whether it would take this node in, and changes
+// nothing on either side. Its errors are those of [Join].
+func CheckJoin(ctx context.Context, tok Token, build func(Hello) (JoinRequest, error), opts JoinOptions) error {
 	opts.RetryFor = -1
 	_, err := Join(ctx, tok, func(h Hello) (JoinRequest, error) {
-		got = h
-		return JoinRequest{}, errEnough
+		req, err := build(h)
+		req.DryRun = true
+		return req, err
 	}, opts)
-	if errors.Is(err, errEnough) {
-		return got, nil
-	}
-	return got, err
+	return err
 }

@@ -166,6 +166,9 @@ func (j *joiner) at(ctx context.Context, addr string) (JoinResponse, error) {
 	if err := call(ctx, c, http.MethodPost, addr, PathJoin, body, &resp); err != nil {
 		return JoinResponse{}, err
 	}
+	if req.DryRun {
+		return resp, nil
+	}
 	return resp, j.checkResponse(resp, req)
 }
 

@@ -43,6 +43,10 @@ func (s *Server) handleJoin(w http.ResponseWriter, r *http.Request) {
 		s.refused(w, r, err, req.Name)
 		return
 	}
+	if req.DryRun {
+		s.answer(w, body, nil)
+		return
+	}
 	s.log().Info("took a node in", "node", req.Name, "role", string(req.Role), "addr", req.Addr, "token", req.TokenID, "remote", r.RemoteAddr)
 	s.answer(w, body, nil)
 }

@@ -51,6 +51,9 @@ type JoinRequest struct {
 	Time    time.Time           `json:"time"`
 	Version string              `json:"version"`
 	PGMajor int                 `json:"pg_major"` // 0 on a witness
+	// DryRun asks what would be refused, and changes nothing. The answer holds
+	// nothing either.
+	DryRun bool `json:"dry_run,omitempty"`
 }
 
 // JoinResponse is what a new node needs to start.

@@ -142,6 +142,9 @@ func (s *Server) tryJoin(ctx context.Context, remote netip.Addr, req JoinRequest
 	if err != nil {
 		return JoinResponse{}, false, err
 	}
+	if req.DryRun {
+		return JoinResponse{}, true, nil
+	}
 	written, err := s.Store.admit(ctx, v, self, now)
 	if err != nil || !written {
 		return JoinResponse{}, false, err

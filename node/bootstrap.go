@@ -15,7 +15,6 @@ import (
 	"pgha/cluster"
 	"pgha/internal/fsx"
 	"pgha/patroni"
-	"pgha/supervisor"
 )
 
 // found writes the cluster's record at the founder's first start. It may be
@@ -74,13 +73,25 @@ func selfMember(cfg Config, s State) cluster.Member {
 // directory that looks like a database be taken for a half-made one.
 func (n *Node) pendingFile() string { return filepath.Join(n.paths.Lib, "bootstrap-pending") }
 
+// beforePatroni runs before each start of Patroni, restarts included.
+func (n *Node) beforePatroni(ctx context.Context) error {
+	if !n.state.Founder || n.state.Adopted != "" {
+		return nil
+	}
+	w, err := n.observe(ctx)
+	if err != nil {
+		return err
+	}
+	if !w.Viewed {
+		return errors.New("the cluster's state cannot be read yet")
+	}
+	return n.repairBootstrap(ctx, w)
+}
+
 // repairBootstrap undoes a bootstrap that was cut off, for instance because
 // the host lost power during initdb. Patroni's own marker has no lease, so
 // every node would wait for it for ever.
 func (n *Node) repairBootstrap(ctx context.Context, w world) error {
-	if !n.state.Founder || n.state.Adopted != "" {
-		return nil
-	}
 	info, err := patroni.InspectDataDir(n.cfg.Postgres.DataDir)
 	if err != nil {
 		return err
@@ -90,13 +101,12 @@ func (n *Node) repairBootstrap(ctx context.Context, w world) error {
 	act, why := patroni.DecideBootstrapRepair(patroni.BootstrapObservation{
 		Initialized: w.View.Initialized, SystemID: w.View.SystemID, Leader: w.View.Leader,
 		BootstrapNode: true, Pending: pending, DataDir: info.State, PostgresRunning: info.Running,
-		PatroniRunning: n.patroni.Status().State == supervisor.Running,
 	})
 	switch act {
 	case patroni.BootstrapRefuse:
 		return fmt.Errorf("start Patroni: %s", why)
 	case patroni.BootstrapWait:
-		return nil
+		return fmt.Errorf("start Patroni: %s", why)
 	case patroni.BootstrapStopPostgres:
 		n.log.Warn("stopping the PostgreSQL of a half-made bootstrap", "why", why)
 		if err := n.stopPostgres(ctx); err != nil {

@@ -82,8 +82,9 @@ func (n *Node) patroniSpec() supervisor.Spec {
 		// SIGTERM would stop PostgreSQL; a Patroni of other settings takes over
 		// the one that runs.
 		ReplaceSignal: syscall.SIGKILL,
-		Restart: supervisor.RestartPolicy{MinBackoff: 200 * time.Millisecond, MaxBackoff: 15 * time.Second, Budget: supervisor.Budget{Failures: 8, HalfLife: 30 * time.Second}},
-		Exit:    classifyPatroniExit,
+		Restart:       supervisor.RestartPolicy{MinBackoff: 200 * time.Millisecond, MaxBackoff: 15 * time.Second, Budget: supervisor.Budget{Failures: 8, HalfLife: 30 * time.Second}},
+		Exit:          classifyPatroniExit,
+		Before:        n.beforePatroni,
 		// Patroni that is stopped or hangs answers nothing; it is killed and
 		// started again while PostgreSQL goes on.
 		Health: n.patroniAlive, HealthEvery: 2 * time.Second, HealthTimeout: 3 * time.Second, HealthFailures: 4,
@@ -221,9 +222,6 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		n.setWaiting(why)
 		return nil
 	}
-	if err := n.repairBootstrap(ctx, w); err != nil {
-		return err
-	}
 	if err := n.prepareAdopted(ctx, w, cfg); err != nil {
 		return err
 	}
@@ -278,7 +276,7 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 		return nil
 	}
 	c := haproxy.Config{
-		Self: n.cfg.Name,
+		Self:   n.cfg.Name,
 		Ports:  haproxy.Ports{ReadWrite: n.cfg.Ports.ReadWrite, ReadOnly: n.cfg.Ports.ReadOnly, Stats: n.cfg.Ports.Stats, Health: n.cfg.Ports.Health},
 		Bundle: n.pki.BundlePath(pki.RoleHAProxy), CAFile: n.pki.CAPath(), SocketPath: n.haproxySocket(),
 		StatsUser: cluster.StatsPageUser, StatsPassword: w.Secrets.StatsPage, Profile: w.Settings.Profile,
@@ -302,8 +300,14 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 	case st == supervisor.Stopped:
 		return n.haproxy.Start(ctx)
 	case changed && st == supervisor.Running:
-		// Sessions stay with the old worker; the new one takes the listeners over.
-		return n.haproxy.Signal(syscall.SIGUSR2)
+		// Sessions stay with the old worker; the new one takes the listeners over
+		// and knows which servers were up.
+		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		if err := n.runtime.SaveState(ctx, n.haproxySocket()+".state"); err != nil {
+			return err
+		}
+		return haproxy.Master{Socket: n.haproxyMaster()}.Reload(ctx)
 	}
 	return nil
 }

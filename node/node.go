@@ -67,6 +67,7 @@ type Node struct {
 	mu        sync.Mutex
 	waiting   string            // what the start waits for; "" once it is over
 	problems  map[string]string // by part: what is wrong now
+	unread    int               // rounds in a row in which the state could not be read
 	world     world             // what the reconciler saw last
 	etcdState string            // running, or why not
 	rest      map[[3]string]*patroni.Client

@@ -49,7 +49,7 @@ func (n *Node) reconcileLoop(ctx context.Context) error {
 // tried again in the next round; it never keeps the other parts from theirs.
 func (n *Node) reconcile(ctx context.Context) {
 	w, err := n.observe(ctx)
-	n.problem("cluster state", err)
+	n.observed(err)
 	if len(w.Members) == 0 {
 		return // nothing known yet: leave the host as it is
 	}
@@ -118,6 +118,21 @@ func (n *Node) observe(ctx context.Context) (world, error) {
 	}
 	n.remember(w)
 	return w, err
+}
+
+// observed reports a state that cannot be read. One failed round is the normal
+// price of a change of etcd's leader.
+func (n *Node) observed(err error) {
+	n.mu.Lock()
+	n.unread++
+	if err == nil {
+		n.unread = 0
+	}
+	report := err == nil || n.unread > 2
+	n.mu.Unlock()
+	if report {
+		n.problem("cluster state", err)
+	}
 }
 
 func (n *Node) remember(w world) {

@@ -125,6 +125,9 @@ func writeSecret(path string, data []byte) error {
 	return fsx.WriteFile(path, data, 0o600, fsx.Keep, fsx.Keep)
 }
 
+// SetConfig replaces the configuration, once the host is prepared.
+func (j *Joining) SetConfig(cfg Config) { j.cfg = cfg }
+
 // Joining is a join on its way: what build has prepared, so that the answer
 // can be written.
 type Joining struct {
@@ -137,14 +140,41 @@ type Joining struct {
 // NewJoining prepares a join. The keys are written before the request is sent
 // and read again by a repetition: the cluster knows an interrupted join by them.
 func NewJoining(p Paths, cfg Config, tok cluster.Token, sans []string) *Joining {
-	return &Joining{paths: p, cfg: cfg, state: State{
+	return &Joining{paths: p, cfg: cfg, keys: map[pki.Role][]byte{}, state: State{
 		ClusterID: tok.ClusterID, ClusterName: cfg.Cluster, Node: cfg.Name, Role: cfg.Role, Phase: PhasePreparing,
 		CreatedAt: time.Now().UTC(), TokenID: tok.ID, SANs: sans,
 	}}
 }
 
+// Check returns the request that asks whether the cluster would take this node
+// in. It writes nothing. The cluster's PostgreSQL is taken for this node's
+// where none is installed yet.
+func (j *Joining) Check(h cluster.Hello) (cluster.JoinRequest, error) {
+	req := j.request()
+	if req.PGMajor == 0 && j.cfg.Role == cluster.RoleData {
+		req.PGMajor = h.PGMajor
+	}
+	return req, j.loadKeys(&req)
+}
+
 // Request writes the node's keys and returns the request to send.
 func (j *Joining) Request() (cluster.JoinRequest, error) {
+	req := j.request()
+	if err := startPreparing(j.paths, j.state, j.cfg); err != nil {
+		return req, err
+	}
+	if err := j.loadKeys(&req); err != nil {
+		return req, err
+	}
+	for role, key := range j.keys {
+		if err := writeSecret(j.keyPath(role), key); err != nil {
+			return req, fmt.Errorf("write key %s: %w", role, err)
+		}
+	}
+	return req, nil
+}
+
+func (j *Joining) request() cluster.JoinRequest {
 	req := cluster.JoinRequest{
 		Name: j.cfg.Name, Role: j.cfg.Role, Addr: j.cfg.Address, Ports: j.cfg.Ports, SANs: j.state.SANs,
 		CSRs: map[pki.Role][]byte{}, Version: Version,
@@ -152,27 +182,30 @@ func (j *Joining) Request() (cluster.JoinRequest, error) {
 	if j.cfg.Role == cluster.RoleData {
 		req.PGMajor = majorOf(j.cfg.Postgres.BinDir)
 	}
-	if err := startPreparing(j.paths, j.state, j.cfg); err != nil {
-		return req, err
-	}
-	j.keys = map[pki.Role][]byte{}
+	return req
+}
+
+// loadKeys fills the request's CSRs: with the keys of an earlier attempt where
+// there are any, with new ones otherwise.
+func (j *Joining) loadKeys(req *cluster.JoinRequest) error {
 	for _, role := range j.cfg.Role.Roles() {
-		path := j.keyPath(role)
-		key, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			if key, _, err = pki.NewKeyAndCSR(j.cfg.Name); err == nil {
-				err = writeSecret(path, key)
+		if j.keys[role] == nil {
+			key, err := os.ReadFile(j.keyPath(role))
+			if errors.Is(err, fs.ErrNotExist) {
+				key, _, err = pki.NewKeyAndCSR(j.cfg.Name)
 			}
+			if err != nil {
+				return fmt.Errorf("make key %s: %w", role, err)
+			}
+			j.keys[role] = key
 		}
+		csr, err := pki.CSRFor(j.keys[role], j.cfg.Name)
 		if err != nil {
-			return req, fmt.Errorf("make key %s: %w", role, err)
+			return fmt.Errorf("make certificate request %s: %w", role, err)
 		}
-		j.keys[role] = key
-		if req.CSRs[role], err = pki.CSRFor(key, j.cfg.Name); err != nil {
-			return req, fmt.Errorf("make certificate request %s: %w", role, err)
-		}
+		req.CSRs[role] = csr
 	}
-	return req, nil
+	return nil
 }
 
 func (j *Joining) keyPath(r pki.Role) string {

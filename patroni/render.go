@@ -20,9 +20,10 @@ type timers struct {
 	replication                 int // a replication peer is lost after this
 }
 
-// ttl is long in every profile: it bounds only the failover that Patroni would
-// do by itself, and short values demote a healthy primary at each hiccup of
-// etcd. loop_wait + 2*retry_timeout must not exceed it.
+// ttl bounds how long the loss of the primary's host goes unnoticed, and
+// retry_timeout how long etcd may be away before a healthy primary is demoted:
+// a restart of pgha, and with it of the embedded etcd, must stay well below it.
+// loop_wait + 2*retry_timeout must not exceed ttl.
 func (c Config) timers() timers {
 	switch c.Profile {
 	case ProfileSteady:
@@ -30,7 +31,7 @@ func (c Config) timers() timers {
 	case ProfileWide:
 		return timers{ttl: 90, loopWait: 10, retryTimeout: 40, replication: 20}
 	default:
-		return timers{ttl: 60, loopWait: 5, retryTimeout: 20, replication: 5}
+		return timers{ttl: 30, loopWait: 5, retryTimeout: 10, replication: 5}
 	}
 }
 

@@ -85,7 +85,7 @@ func (d *demo) play(ctx context.Context) error {
 		return err
 	}
 	d.p.say("an application writes through port 5432 of n1 and, when that fails, of n2 (TLS, verify-full)")
-	w, err := d.bed.StartWriter(ctx, 1, "n2", "n1")
+	w, err := d.bed.StartWriter(ctx, 1, "n1", "n2")
 	if err != nil {
 		return err
 	}

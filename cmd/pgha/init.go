@@ -181,10 +181,8 @@ func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths
 			return undo, err
 		}
 	}
-	if cfg.Role == cluster.RoleData {
-		if undo, err = quiesce(c.Context, p, paths); err != nil {
-			return undo, err
-		}
+	if undo, err = quiesce(c.Context, p, paths, cfg.Role); err != nil {
+		return undo, err
 	}
 	if err := checkHost(cfg, paths, adopt, again); err != nil {
 		return undo, errors.Join(err, undo())
@@ -223,12 +221,16 @@ func hostname() string {
 
 // quiesce stops and disables the distribution's services, and returns how to
 // put them back.
-func quiesce(ctx context.Context, p *progress, paths node.Paths) (func() error, error) {
+func quiesce(ctx context.Context, p *progress, paths node.Paths, role cluster.NodeRole) (func() error, error) {
 	undo := func() error { return nil }
 	if !systemd.Available() {
 		return undo, nil
 	}
-	changes, err := systemd.Quiesce(ctx, paths.Units())
+	patterns := systemd.CompetingUnits()
+	if role == cluster.RoleWitness {
+		patterns = systemd.CompetingWitnessUnits()
+	}
+	changes, err := systemd.Quiesce(ctx, paths.Units(), patterns...)
 	undo = func() error { return systemd.Restore(context.WithoutCancel(ctx), paths.Units()) }
 	if err != nil {
 		return undo, errors.Join(err, undo())

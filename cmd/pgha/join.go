@@ -87,22 +87,24 @@ func runJoin(c *cli.Context) error {
 	}
 	p := newProgress()
 	p.say("asking %s", strings.Join(tok.Addrs, ", "))
-	// Everything that the cluster can refuse without knowing this host is asked
-	// before anything is installed.
-	if _, err := cluster.CheckToken(c.Context, tok, cluster.JoinOptions{}); err != nil {
+	// Whatever the cluster would refuse is refused before anything is installed.
+	j := node.NewJoining(paths, cfg, tok, c.StringSlice("san"))
+	if err := cluster.CheckJoin(c.Context, tok, j.Check, cluster.JoinOptions{}); err != nil {
 		return err
 	}
 	undo, err := prepareHost(c, p, &cfg, paths, "", again != nil)
 	if err != nil {
 		return err
 	}
-	j := node.NewJoining(paths, cfg, tok, c.StringSlice("san"))
+	j.SetConfig(cfg)
 	p.say("joining")
 	resp, err := cluster.Join(c.Context, tok, func(cluster.Hello) (cluster.JoinRequest, error) { return j.Request() },
 		cluster.JoinOptions{Progress: func(s string) { p.say("%s", s) }})
 	if err != nil {
 		var refused *cluster.Error
-		if errors.As(err, &refused) && !refused.Repeatable() {
+		// An earlier attempt may have been taken in, and its answer lost: then the
+		// keys are what the cluster knows this node by.
+		if again == nil && errors.As(err, &refused) && !refused.Repeatable() {
 			return errors.Join(err, j.Undo(), undo())
 		}
 		return fmt.Errorf("%w\nNothing is lost: run the same command again", err)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"pgha/internal/host"
 	"pgha/node"
 	"pgha/systemd"
 )
@@ -59,7 +60,9 @@ func runReset(c *cli.Context) error {
 	if systemd.Available() {
 		steps = append([]node.Step{
 			{Name: "stop and remove pgha.service", Run: systemd.Uninstall},
-			{Name: "put the distribution's services back", Run: func(ctx context.Context) error { return systemd.Restore(ctx, paths.Units()) }},
+			{Name: "put the distribution's services back", Run: func(ctx context.Context) error {
+				return errors.Join(systemd.Restore(ctx, paths.Units()), host.RemoveDropIn())
+			}},
 		}, steps...)
 	}
 	// Every step is tried, whatever the others do: half a reset is worst.

@@ -43,9 +43,9 @@ func MissingPackages(role string) []Package {
 	if patroni, err := lookBinary("patroni"); err != nil {
 		missing = append(missing,
 			Package{"patroni", "runs PostgreSQL and follows the cluster's leader"},
-			Package{"python3-etcd", "Patroni's way to etcd"})
+			Package{"python3-etcd", "Patroni's way to etcd"}, Package{"python3-idna", "verifies etcd's certificate"})
 	} else if !speaksEtcd(patroni) {
-		missing = append(missing, Package{"python3-etcd", "Patroni's way to etcd"})
+		missing = append(missing, Package{"python3-etcd", "Patroni's way to etcd"}, Package{"python3-idna", "verifies etcd's certificate"})
 	}
 	if _, err := lookBinary("haproxy"); err != nil {
 		missing = append(missing, Package{"haproxy", "leads connections to the primary"})
@@ -54,7 +54,9 @@ func MissingPackages(role string) []Package {
 }
 
 // speaksEtcd reports whether the interpreter that runs Patroni finds what
-// Patroni's etcd v3 client imports. Debian's package of Patroni is content with
+// Patroni's etcd v3 client imports, idna included: without it urllib3's OpenSSL
+// fails on a certificate with a DNS name, and Patroni says that it has no
+// configuration store. Debian's package of Patroni is content with
 // the client of any of five stores.
 func speaksEtcd(patroni string) bool {
 	f, err := os.Open(patroni)
@@ -73,7 +75,7 @@ func speaksEtcd(patroni string) bool {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, interpreter[0], append(interpreter[1:], "-c", "import patroni.dcs.etcd3")...)
+	cmd := exec.CommandContext(ctx, interpreter[0], append(interpreter[1:], "-c", "import patroni.dcs.etcd3, idna")...)
 	return cmd.Run() == nil
 }
 
