@@ -37,6 +37,10 @@ const (
 	haproxyFiles = 16384
 )
 
+// Scores for the OOM killer, next to the daemon's own -900: etcd and Patroni
+// are what the cluster stands on, and small.
+var patroniOOM, haproxyOOM = -800, -500
+
 var childEnv = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "LC_ALL=C.UTF-8"}
 
 func (n *Node) patroniYML() string    { return filepath.Join(n.paths.patroniDir(), "patroni.yml") }
@@ -74,8 +78,11 @@ func (n *Node) makeDataDirs() error {
 func (n *Node) patroniSpec() supervisor.Spec {
 	return supervisor.Spec{
 		Name: "patroni", Path: patroniBin, Args: []string{n.patroniYML()},
-		Env: append([]string{"HOME=" + n.paths.patroniDir()}, childEnv...), Dir: "/",
-		User: n.owners.postgres, Marker: n.state.ClusterID + "/patroni",
+		// The postmaster inherits Patroni's protection from the OOM killer; a backend
+		// must be killed in its stead.
+		Env: append([]string{"HOME=" + n.paths.patroniDir(), "PG_OOM_ADJUST_FILE=/proc/self/oom_score_adj", "PG_OOM_ADJUST_VALUE=0"}, childEnv...), Dir: "/",
+		OOMScoreAdj: &patroniOOM,
+		User:        n.owners.postgres, Marker: n.state.ClusterID + "/patroni",
 		RunDir: n.paths.Run, LogFile: filepath.Join(n.paths.Log, "patroni.log"), LogMax: logMax, LogKeep: logKeep,
 		ParseLine:  patroni.ParseLogLine,
 		StopSignal: syscall.SIGTERM, Grace: 90 * time.Second,
@@ -95,7 +102,7 @@ func (n *Node) haproxySpec() supervisor.Spec {
 	return supervisor.Spec{
 		Name: "haproxy", Path: haproxyBin,
 		Args: []string{"-W", "-S", n.haproxyMaster(), "-f", n.haproxyCfg()},
-		Env:  childEnv, Dir: "/", User: n.owners.haproxy, Marker: n.state.ClusterID + "/haproxy",
+		Env:  childEnv, Dir: "/", OOMScoreAdj: &haproxyOOM, User: n.owners.haproxy, Marker: n.state.ClusterID + "/haproxy",
 		RunDir: n.paths.Run, LogFile: filepath.Join(n.paths.Log, "haproxy.log"), LogMax: logMax, LogKeep: logKeep,
 		StopSignal: syscall.SIGTERM, Grace: 5 * time.Second, KillGroup: true,
 		Limits:  supervisor.Limits{NoFile: fileLimit(haproxyFiles)},

@@ -139,7 +139,11 @@ func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
 
 func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 	world := n.snapshot()
-	profile, ok := profiles[world.Settings.Profile]
+	name := world.Settings.Profile
+	if name == "" && n.state.Settings != nil { // the founder's first start
+		name = n.state.Settings.Profile
+	}
+	profile, ok := profiles[name]
 	if !ok {
 		profile = profiles["fast"]
 	}
@@ -165,6 +169,9 @@ func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 		}
 	}
 	if n.cfg.Role == cluster.RoleData {
+		// Patroni, and the member's own gateway. HAProxy's and PostgreSQL's
+		// certificates open nothing here.
+		c.ClientCNs = []string{cluster.PatroniCN, n.cfg.Name}
 		c.ClientURL = "https://" + hostPort(n.cfg.Address, n.cfg.Ports.EtcdClient)
 	}
 	return c

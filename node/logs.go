@@ -222,6 +222,10 @@ func CAPath(p Paths) string { return pki.Dir{Path: p.PKI()}.CAPath() }
 // AdminBundlePath is the operator's certificate, key included.
 func AdminBundlePath(p Paths) string { return pki.Dir{Path: p.PKI()}.BundlePath(pki.RoleAdmin) }
 
+// StatsPassword is the file with the password of HAProxy's status page, whose
+// user is "pgha". Only root can read it.
+func (p Paths) StatsPassword() string { return filepath.Join(p.Lib, "stats-password") }
+
 // Units is the file that remembers the states of the distribution's services
 // from before pgha.
 func (p Paths) Units() string { return filepath.Join(p.Lib, "units.json") }

@@ -155,11 +155,24 @@ func (n *Node) readSecrets(ctx context.Context, store *cluster.Store, w *world) 
 		return err
 	}
 	w.Secrets = &secrets
+	if err := n.writeStatsPassword(secrets.StatsPage); err != nil {
+		return err
+	}
 	old, err := os.ReadFile(n.paths.secrets())
 	if err == nil && string(old) == string(sealed) {
 		return nil
 	}
 	return fsx.WriteFile(n.paths.secrets(), sealed, 0o600, fsx.Keep, fsx.Keep)
+}
+
+// writeStatsPassword keeps the status page's password where root can read it:
+// nothing ever prints it.
+func (n *Node) writeStatsPassword(password string) error {
+	old, err := os.ReadFile(n.paths.StatsPassword())
+	if err == nil && string(old) == password+"\n" {
+		return nil
+	}
+	return fsx.WriteFile(n.paths.StatsPassword(), []byte(password+"\n"), 0o600, fsx.Keep, fsx.Keep)
 }
 
 // cache is what a node must know at start, before it can ask anybody: whom

@@ -16,26 +16,36 @@ import (
 	"pgha/lab"
 )
 
-// Database and user of the application that a testbed runs.
+// Database, user and password of the application that a testbed runs.
 const (
 	AppUser     = "app"
 	AppDatabase = "app"
-	appPassword = "not-a-secret-outside-of-the-lab"
+	AppPassword = "not-a-secret-outside-of-the-lab"
 )
 
 // CreateApp makes the application's user, database and table, as an operator
 // would: with pgha psql.
 func (b *Bed) CreateApp(ctx context.Context, host string) error {
-	for _, c := range [][]string{
-		{"postgres", fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", AppUser, appPassword)},
-		{"postgres", fmt.Sprintf("CREATE DATABASE %s OWNER %s", AppDatabase, AppUser)},
-		{AppDatabase, fmt.Sprintf("SET ROLE %s; CREATE TABLE t (id bigint PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())", AppUser)},
-	} {
-		if _, err := b.Pgha(ctx, host, "psql", "-d", c[0], "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", c[1]); err != nil {
+	for _, args := range AppSetup() {
+		if _, err := b.Pgha(ctx, host, args...); err != nil {
 			return fmt.Errorf("set up the application: %w", err)
 		}
 	}
 	return nil
+}
+
+// AppSetup returns the arguments of the pgha commands that make the
+// application's user, database and table.
+func AppSetup() [][]string {
+	var all [][]string
+	for _, c := range [][]string{
+		{"postgres", fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", AppUser, AppPassword)},
+		{"postgres", fmt.Sprintf("CREATE DATABASE %s OWNER %s", AppDatabase, AppUser)},
+		{AppDatabase, fmt.Sprintf("SET ROLE %s; CREATE TABLE t (id bigint PRIMARY KEY, at timestamptz NOT NULL DEFAULT now())", AppUser)},
+	} {
+		all = append(all, []string{"psql", "-d", c[0], "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", c[1]})
+	}
+	return all
 }
 
 // CA returns the cluster's CA certificate as host has it.
@@ -51,10 +61,17 @@ func (b *Bed) CA(ctx context.Context, host string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
+// Dialer connects from where clients are; a lab is one.
+type Dialer interface {
+	Dial(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
+var _ Dialer = (*lab.Lab)(nil)
+
 // AppConfig connects as the application to port of a host, from where clients
 // are, with sslmode=verify-full.
-func AppConfig(l *lab.Lab, pool *x509.CertPool, addr string, port uint16) (*pgx.ConnConfig, error) {
-	c, err := pgx.ParseConfig(fmt.Sprintf("host=%s port=%d user=%s password=%s dbname=%s connect_timeout=2", addr, port, AppUser, appPassword, AppDatabase))
+func AppConfig(l Dialer, pool *x509.CertPool, addr string, port uint16) (*pgx.ConnConfig, error) {
+	c, err := pgx.ParseConfig(fmt.Sprintf("host=%s port=%d user=%s password=%s dbname=%s connect_timeout=2", addr, port, AppUser, AppPassword, AppDatabase))
 	if err != nil {
 		return nil, fmt.Errorf("prepare connection: %w", err)
 	}
@@ -76,7 +93,7 @@ type Write struct {
 // a connection that it keeps until it fails, through the HAProxy of one node
 // and, when that fails, of the next.
 type Writer struct {
-	lab    *lab.Lab
+	lab    Dialer
 	pool   *x509.CertPool
 	addrs  []string
 	cancel context.CancelFunc
@@ -97,13 +114,20 @@ func (b *Bed) StartWriter(ctx context.Context, base int64, hosts ...string) (*Wr
 	if err != nil {
 		return nil, err
 	}
-	w := &Writer{lab: b.Lab, pool: pool, done: make(chan struct{})}
+	var addrs []string
 	for _, h := range hosts {
-		w.addrs = append(w.addrs, b.Addr(h))
+		addrs = append(addrs, b.Addr(h))
 	}
+	return NewWriter(ctx, b.Lab, pool, base, addrs...), nil
+}
+
+// NewWriter begins to write through port 5432 of the addresses. It goes on when
+// ctx ends, until Stop.
+func NewWriter(ctx context.Context, d Dialer, pool *x509.CertPool, base int64, addrs ...string) *Writer {
+	w := &Writer{lab: d, pool: pool, addrs: addrs, done: make(chan struct{})}
 	ctx, w.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go w.run(ctx, base)
-	return w, nil
+	return w
 }
 
 func (w *Writer) run(ctx context.Context, id int64) {

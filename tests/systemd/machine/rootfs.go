@@ -28,7 +28,7 @@ const CacheEnv = "PGHA_CACHE"
 // Packages can be installed in a machine with apt-get, although it has no way
 // to a mirror. Every other package of Debian is out of its reach.
 var Packages = []string{
-	"postgresql-15", "patroni", "python3-etcd", "python3-dnspython", "haproxy",
+	"postgresql", "patroni", "python3-etcd", "python3-idna", "haproxy",
 	"nftables",
 }
 

@@ -1,0 +1,116 @@
+// Package e2e tests pgha as its users run it: the real program on hosts in
+// network namespaces, with real PostgreSQL, Patroni, HAProxy, etcd and nftables,
+// and real clients. Tests assert order and safety, never speed.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"pgha/lab"
+	"pgha/lab/testbed"
+)
+
+// bin is the program under test: PGHA_BIN, or one that is built here.
+var bin string
+
+func TestMain(m *testing.M) {
+	lab.MaybeInit()
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (code int, err error) {
+	if bin = os.Getenv("PGHA_BIN"); bin != "" {
+		bin, err = filepath.Abs(bin)
+		if err != nil {
+			return 0, fmt.Errorf("find PGHA_BIN: %w", err)
+		}
+		return m.Run(), nil
+	}
+	dir, err := os.MkdirTemp("", "pgha-e2e-")
+	if err != nil {
+		return 0, fmt.Errorf("make directory: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return 0, fmt.Errorf("set mode of directory: %w", err)
+	}
+	bin = filepath.Join(dir, "pgha")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "pgha/cmd/pgha")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("build pgha: %w: %s", err, out)
+	}
+	return m.Run(), nil
+}
+
+// newBed makes an empty lab that ends with the test. When the test fails, the
+// ends of all hosts' logs are shown.
+func newBed(t *testing.T) *testbed.Bed {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "pgha-bed-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// PostgreSQL's user has to pass through it.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	bed, err := testbed.New(t.Context(), dir, bin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			showLogs(t, dir)
+		}
+		if err := errors.Join(bed.Close(), os.RemoveAll(dir)); err != nil {
+			t.Errorf("clean up: %v", err)
+		}
+	})
+	return bed
+}
+
+// showLogs prints the ends of every host's logs. Hosts keep their logs on disk,
+// so those of a dead host are there too.
+func showLogs(t *testing.T, dir string) {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(dir, "hosts", "*", "log", "pgha.log"))
+	if err != nil {
+		t.Errorf("find logs: %v", err)
+	}
+	errs, err := filepath.Glob(filepath.Join(dir, "*.err"))
+	if err != nil {
+		t.Errorf("find logs: %v", err)
+	}
+	for _, path := range append(errs, paths...) {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Errorf("read log: %v", err)
+			continue
+		}
+		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+		t.Logf("the end of %s:\n%s", strings.TrimPrefix(path, dir), strings.Join(lines[max(0, len(lines)-60):], "\n"))
+	}
+}
+
+// within bounds one wait of a test, generously: it is there to end a test that
+// hangs, not to measure.
+func within(t *testing.T, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), d, fmt.Errorf("not within %s", d))
+	t.Cleanup(cancel)
+	return ctx
+}
