@@ -148,7 +148,7 @@ func (n *Node) undoBootstrap(ctx context.Context, w world, dir patroni.DataDirSt
 		return nil
 	}
 	key := patroni.Prefix(n.cfg.Cluster) + patroni.KeyInitialize
-	_, err := n.etcd.Load().Client().Txn(ctx).
+	_, err := n.txn(ctx).
 		If(clientv3.Compare(clientv3.Value(key), "=", "")).
 		Then(clientv3.OpDelete(key)).Commit()
 	if err != nil {
@@ -168,7 +168,7 @@ func (n *Node) prepareAdopted(ctx context.Context, w world, cfg patroni.Config) 
 		return fmt.Errorf("encode dynamic configuration: %w", err)
 	}
 	key := patroni.Prefix(n.cfg.Cluster) + patroni.KeyConfig
-	_, err = n.etcd.Load().Client().Txn(ctx).
+	_, err = n.txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 		Then(clientv3.OpPut(key, string(value))).Commit()
 	if err != nil {

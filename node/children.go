@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -39,7 +40,20 @@ const (
 
 // Scores for the OOM killer, next to the daemon's own -900: etcd and Patroni
 // are what the cluster stands on, and small.
-var patroniOOM, haproxyOOM = -800, -500
+const patroniOOM, haproxyOOM = -800, -500
+
+// oomScore is want, or nil where this process may not set it: without
+// CAP_SYS_RESOURCE a score can only be raised.
+func oomScore(want int) *int {
+	own, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return nil
+	}
+	if now, err := strconv.Atoi(strings.TrimSpace(string(own))); err != nil || now > want {
+		return nil
+	}
+	return &want
+}
 
 var childEnv = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "LC_ALL=C.UTF-8"}
 
@@ -81,7 +95,7 @@ func (n *Node) patroniSpec() supervisor.Spec {
 		// The postmaster inherits Patroni's protection from the OOM killer; a backend
 		// must be killed in its stead.
 		Env: append([]string{"HOME=" + n.paths.patroniDir(), "PG_OOM_ADJUST_FILE=/proc/self/oom_score_adj", "PG_OOM_ADJUST_VALUE=0"}, childEnv...), Dir: "/",
-		OOMScoreAdj: &patroniOOM,
+		OOMScoreAdj: oomScore(patroniOOM),
 		User:        n.owners.postgres, Marker: n.state.ClusterID + "/patroni",
 		RunDir: n.paths.Run, LogFile: filepath.Join(n.paths.Log, "patroni.log"), LogMax: logMax, LogKeep: logKeep,
 		ParseLine:  patroni.ParseLogLine,
@@ -102,7 +116,7 @@ func (n *Node) haproxySpec() supervisor.Spec {
 	return supervisor.Spec{
 		Name: "haproxy", Path: haproxyBin,
 		Args: []string{"-W", "-S", n.haproxyMaster(), "-f", n.haproxyCfg()},
-		Env:  childEnv, Dir: "/", OOMScoreAdj: &haproxyOOM, User: n.owners.haproxy, Marker: n.state.ClusterID + "/haproxy",
+		Env:  childEnv, Dir: "/", OOMScoreAdj: oomScore(haproxyOOM), User: n.owners.haproxy, Marker: n.state.ClusterID + "/haproxy",
 		RunDir: n.paths.Run, LogFile: filepath.Join(n.paths.Log, "haproxy.log"), LogMax: logMax, LogKeep: logKeep,
 		StopSignal: syscall.SIGTERM, Grace: 5 * time.Second, KillGroup: true,
 		Limits:  supervisor.Limits{NoFile: fileLimit(haproxyFiles)},

@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
+	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -124,72 +127,146 @@ func LoadConfig(path string) (Config, error) {
 func parseConfig(path string, data []byte) (Config, error) {
 	c := NewConfig()
 	dec := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict())
-	if err := dec.Decode(&c); err != nil {
-		var ye yaml.Error
-		if errors.As(err, &ye) && ye.GetToken() != nil {
-			t := ye.GetToken()
-			return Config{}, fmt.Errorf("%s:%d: key %q: %s", path, t.Position.Line, keyAt(data, t.Position.Line), ye.GetMessage())
-		}
-		return Config{}, fmt.Errorf("%s: %w", path, err)
+	switch err := dec.Decode(&c); {
+	case errors.Is(err, io.EOF):
+		c = NewConfig() // an empty file lacks keys, as any other may
+	case err != nil:
+		return Config{}, decodeError(path, data, err)
 	}
-	if key, err := c.check(); err != nil {
-		return Config{}, fmt.Errorf("%s:%d: key %q: %w", path, lineOf(data, key), key, err)
+	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("%s: there is more than one YAML document in it: only the first would count", path)
+	}
+	if err := c.check(); err != nil {
+		key, line := err.keys[0], 1
+		for _, k := range err.keys {
+			if n := lineOf(data, k); n > 0 {
+				key, line = k, n
+				break
+			}
+		}
+		return Config{}, fmt.Errorf("%s:%d: key %q: %w", path, line, key, err.err)
 	}
 	return c, nil
 }
 
-// check returns the dotted key of the first value that makes no sense.
-func (c Config) check() (string, error) {
-	if err := cluster.ValidateName("cluster", c.Cluster); err != nil {
-		return "cluster", err
+// decodeError names the place of a value that does not fit, and what would.
+func decodeError(path string, data []byte, err error) error {
+	var ye yaml.Error
+	if !errors.As(err, &ye) || ye.GetToken() == nil {
+		// Only an address decodes itself; its errors have no place.
+		return fmt.Errorf("%s:%d: key %q: this is not an IP address: write it as 10.0.0.5", path, max(1, lineOf(data, "address")), "address")
 	}
-	if err := cluster.ValidateName("node", c.Name); err != nil {
-		return "name", err
+	message := ye.GetMessage()
+	var overflow *yaml.OverflowError
+	var typ *yaml.TypeError
+	var unknown *yaml.UnknownFieldError
+	switch {
+	case errors.As(err, &overflow):
+		message = fmt.Sprintf("%s is out of range: it must be %s", overflow.SrcNum, kindOf(overflow.DstType))
+	case errors.As(err, &typ):
+		message = fmt.Sprintf("a %s stands here: it must be %s", typ.SrcType, kindOf(typ.DstType))
+	case errors.As(err, &unknown):
+		message = "there is no such key"
+	}
+	line := ye.GetToken().Position.Line
+	return fmt.Errorf("%s:%d: key %q: %s", path, line, keyAt(data, line), message)
+}
+
+// kindOf says in words what a key takes.
+func kindOf(t reflect.Type) string {
+	switch {
+	case t == nil:
+		return "something else"
+	case t.Kind() == reflect.Uint16:
+		return "a number from 1 to 65535"
+	case t.Kind() == reflect.Struct:
+		return "keys of its own, on lines of their own"
+	}
+	return "text"
+}
+
+// configError is a value that makes no sense. keys are dotted; where two values
+// contradict each other there are two.
+type configError struct {
+	keys []string
+	err  error
+}
+
+// Validate returns an error that names the key of the first value that makes no
+// sense.
+func (c Config) Validate() error {
+	if err := c.check(); err != nil {
+		return fmt.Errorf("%s: %w", err.keys[0], err.err)
+	}
+	return nil
+}
+
+func (c Config) check() *configError {
+	wrong := func(key string, err error) *configError { return &configError{keys: []string{key}, err: err} }
+	if err := cluster.ValidateName("cluster name", c.Cluster); err != nil {
+		return wrong("cluster", err)
+	}
+	if err := cluster.ValidateNodeName(c.Name); err != nil {
+		return wrong("name", err)
 	}
 	if c.Role != cluster.RoleData && c.Role != cluster.RoleWitness {
-		return "role", fmt.Errorf("%q is no role: use %s or %s", c.Role, cluster.RoleData, cluster.RoleWitness)
+		return wrong("role", fmt.Errorf("%q is no role: use %s or %s", c.Role, cluster.RoleData, cluster.RoleWitness))
 	}
-	if !c.Address.IsValid() || c.Address.IsUnspecified() || c.Address.IsLoopback() || c.Address.IsMulticast() {
-		return "address", fmt.Errorf("%q is not an address that other nodes can reach", c.Address)
+	if err := checkAddress(c.Address); err != nil {
+		return wrong("address", err)
 	}
-	if key, err := checkPorts(c.Ports); err != nil {
-		return "ports." + key, err
+	if err := checkPorts(c.Ports); err != nil {
+		return err
 	}
 	if c.Firewall.Mode != FirewallPorts && c.Firewall.Mode != FirewallOff {
-		return "firewall.mode", fmt.Errorf("%q is no mode: use %s or %s", c.Firewall.Mode, FirewallPorts, FirewallOff)
+		return wrong("firewall.mode", fmt.Errorf("%q is no mode: use %s or %s", c.Firewall.Mode, FirewallPorts, FirewallOff))
 	}
 	if _, err := parseLevel(c.Log.Level); err != nil {
-		return "log.level", err
+		return wrong("log.level", err)
 	}
 	if c.Postgres.Memory != "" {
 		n, err := ParseBytes(c.Postgres.Memory)
 		if err != nil {
-			return "postgres.memory", err
+			return wrong("postgres.memory", err)
 		}
 		if n < 128<<20 {
-			return "postgres.memory", fmt.Errorf("%s is out of range: PostgreSQL needs at least 128MB", c.Postgres.Memory)
+			return wrong("postgres.memory", fmt.Errorf("%s is out of range: PostgreSQL needs at least 128MB", c.Postgres.Memory))
 		}
 	}
-	for key, dir := range map[string]string{"postgres.data_dir": c.Postgres.DataDir, "postgres.bin_dir": c.Postgres.BinDir} {
-		if dir != "" && !filepath.IsAbs(dir) {
-			return key, fmt.Errorf("%q is not an absolute path", dir)
-		}
+	if dir := c.Postgres.DataDir; dir != "" && !filepath.IsAbs(dir) {
+		return wrong("postgres.data_dir", fmt.Errorf("%q is not an absolute path", dir))
 	}
-	return "", nil
+	if dir := c.Postgres.BinDir; dir != "" && !filepath.IsAbs(dir) {
+		return wrong("postgres.bin_dir", fmt.Errorf("%q is not an absolute path", dir))
+	}
+	return nil
 }
 
-func checkPorts(p cluster.Ports) (string, error) {
+// checkAddress refuses what cannot stand in the roster and in certificates as
+// the way to this node.
+func checkAddress(a netip.Addr) error {
+	switch {
+	case !a.IsValid():
+		return errors.New("it is missing: give the address at which the other nodes reach this one")
+	case a.IsUnspecified(), a.IsLoopback(), a.IsMulticast(), a.Zone() != "", a.Is4In6():
+		return fmt.Errorf("%q is not an address that other nodes can reach", a)
+	}
+	return nil
+}
+
+func checkPorts(p cluster.Ports) *configError {
 	seen := map[uint16]string{}
 	for _, e := range portList(p) {
+		key := "ports." + e.Key
 		if e.Port == 0 {
-			return e.Key, errors.New("0 is out of range (1 to 65535)")
+			return &configError{[]string{key}, errors.New("0 is out of range: it must be a number from 1 to 65535")}
 		}
 		if other, taken := seen[e.Port]; taken {
-			return e.Key, fmt.Errorf("%d is already the port of %s", e.Port, other)
+			return &configError{[]string{key, "ports." + other}, fmt.Errorf("%d is the port of both %s and %s", e.Port, other, e.Key)}
 		}
 		seen[e.Port] = e.Key
 	}
-	return "", nil
+	return nil
 }
 
 // portUse is one of a node's ports, with its key in the configuration.
@@ -223,7 +300,7 @@ func (c Config) Save(path string) error {
 func ParseBytes(s string) (uint64, error) {
 	for i, unit := range []string{"KB", "MB", "GB", "TB"} {
 		if num, ok := strings.CutSuffix(s, unit); ok {
-			n, err := strconv.ParseUint(strings.TrimSpace(num), 10, 32)
+			n, err := strconv.ParseUint(strings.TrimSpace(num), 10, 64-10*(i+1))
 			if err != nil {
 				return 0, fmt.Errorf("%q is not a size: write it as 512MB or 4GB", s)
 			}
@@ -237,30 +314,41 @@ func ParseBytes(s string) (uint64, error) {
 	return n, nil
 }
 
-// lineOf finds the line of a dotted key, or 1 where it is not written.
+// lineOf finds the line of a dotted key, or 0 where it is not written.
 func lineOf(data []byte, key string) int {
 	p, err := yaml.PathString("$." + key)
 	if err != nil {
-		return 1
+		return 0
 	}
 	n, err := p.ReadNode(bytes.NewReader(data))
 	if err != nil || n.GetToken() == nil {
-		return 1
+		return 0
 	}
 	return n.GetToken().Position.Line
 }
 
-// keyAt returns the key that stands on a line.
+// keyAt returns the dotted key that stands on a line: its own, behind those of
+// the lines above it that are indented less.
 func keyAt(data []byte, line int) string {
 	lines := strings.Split(string(data), "\n")
-	if line < 1 || line > len(lines) {
-		return ""
+	path, limit := "", math.MaxInt
+	for i := min(line, len(lines)) - 1; i >= 0 && limit > 0; i-- {
+		text := strings.TrimLeft(lines[i], " \t")
+		indent := len(lines[i]) - len(text)
+		if text = strings.TrimSpace(text); text == "" || text[0] == '#' || indent >= limit {
+			continue
+		}
+		key, _, _ := strings.Cut(text, ":")
+		if limit = indent; path != "" {
+			key += "." + path
+		}
+		path = key
 	}
-	key, _, _ := strings.Cut(strings.TrimSpace(lines[line-1]), ":")
-	return key
+	return path
 }
 
-// SetPort sets a port as the command line gives it, as "patroni=8009".
+// SetPort sets a port as the command line gives it, as "patroni=8009". Whether
+// the ports go together is for Validate to say, once all are set.
 func (c *Config) SetPort(s string) error {
 	name, num, ok := strings.Cut(s, "=")
 	n, err := strconv.ParseUint(num, 10, 16)
@@ -277,8 +365,5 @@ func (c *Config) SetPort(s string) error {
 		return fmt.Errorf("there is no port %q: use one of %s", name, strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
 	}
 	*f = uint16(n)
-	if key, err := checkPorts(c.Ports); err != nil {
-		return fmt.Errorf("port %s: %w", key, err)
-	}
 	return nil
 }

@@ -169,9 +169,6 @@ func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 		}
 	}
 	if n.cfg.Role == cluster.RoleData {
-		// Patroni, and the member's own gateway. HAProxy's and PostgreSQL's
-		// certificates open nothing here.
-		c.ClientCNs = []string{cluster.PatroniCN, n.cfg.Name}
 		c.ClientURL = "https://" + hostPort(n.cfg.Address, n.cfg.Ports.EtcdClient)
 	}
 	return c
