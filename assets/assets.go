@@ -8,3 +8,8 @@ import "embed"
 //
 //go:embed *.tmpl
 var Templates embed.FS
+
+// PatroniLauncher is the program that starts Patroni before 3.0.3.
+//
+//go:embed patroni_launcher.py
+var PatroniLauncher []byte

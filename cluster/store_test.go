@@ -212,7 +212,7 @@ func TestSettingsCompareAndSwap(t *testing.T) {
 }
 
 // next waits for the change that has everything of want.
-func next(t *testing.T, ch <-chan Change, want Change) Change {
+func next(t *testing.T, ch <-chan Change, want Change) {
 	t.Helper()
 	deadline := time.After(time.Minute)
 	var sum Change
@@ -227,7 +227,7 @@ func next(t *testing.T, ch <-chan Change, want Change) Change {
 			}
 			sum = Change{Rev: c.Rev, Roster: sum.Roster || c.Roster, Settings: sum.Settings || c.Settings, Tokens: sum.Tokens || c.Tokens}
 			if sum.Rev >= want.Rev && sum.Roster == want.Roster && sum.Settings == want.Settings && sum.Tokens == want.Tokens {
-				return sum
+				return
 			}
 		case <-deadline:
 			t.Fatalf("got %+v, want %+v", sum, want)

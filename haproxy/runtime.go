@@ -44,7 +44,7 @@ func command(ctx context.Context, socket, cmd string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("connect to HAProxy: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
 	defer stop()
 	if _, err := io.WriteString(conn, cmd+"\n"); err != nil {

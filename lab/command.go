@@ -82,12 +82,12 @@ func runCommand(cmd *exec.Cmd, host string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer stdout.Close()
+	defer func() { _ = stdout.Close() }()
 	stderr, err := memFile("stderr")
 	if err != nil {
 		return "", err
 	}
-	defer stderr.Close()
+	defer func() { _ = stderr.Close() }()
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	runErr := cmd.Run()
 	said, err := readBack(stdout)

@@ -118,7 +118,7 @@ func (h *Host) boot(ctx context.Context) (_ *initProc, err error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make pipe: %w", err), in.Close(), life.Close())
 	}
-	defer answer.Close()
+	defer func() { _ = answer.Close() }()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{initName, h.name}
 	cmd.Env = []string{initEnv + "=1", h.lab.marker, "GOMAXPROCS=1"}

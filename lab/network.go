@@ -334,12 +334,12 @@ func dialThread(ctx context.Context, nsPath, network, addr string) (_ net.Conn, 
 	if err != nil {
 		return nil, true, fmt.Errorf("open own namespace: %w", err)
 	}
-	defer own.Close()
+	defer func() { _ = own.Close() }()
 	target, err := os.Open(nsPath)
 	if err != nil {
 		return nil, true, fmt.Errorf("open namespace to dial from: %w", err)
 	}
-	defer target.Close()
+	defer func() { _ = target.Close() }()
 	if err := unix.Setns(int(target.Fd()), unix.CLONE_NEWNET); err != nil {
 		return nil, true, fmt.Errorf("enter namespace to dial from: %w", err)
 	}

@@ -23,6 +23,9 @@ func (n *Node) found(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	store := n.store.Load()
+	if store == nil { // etcd has ended meanwhile
+		return n.notReady()
+	}
 	if id, err := store.Identity(ctx); err == nil && id.ID == n.state.ClusterID {
 		return n.markFounded()
 	}
@@ -45,7 +48,7 @@ func (n *Node) found(ctx context.Context) error {
 
 // markFounded takes away this node's right to begin a cluster.
 func (n *Node) markFounded() error {
-	if n.state.Founded {
+	if n.founded.Load() {
 		return nil
 	}
 	s := n.state
@@ -53,7 +56,7 @@ func (n *Node) markFounded() error {
 	if err := s.Save(n.paths); err != nil {
 		return fmt.Errorf("note that the cluster is founded: %w", err)
 	}
-	n.state.Founded = true
+	n.founded.Store(true)
 	return nil
 }
 
@@ -147,8 +150,14 @@ func (n *Node) undoBootstrap(ctx context.Context, w world, dir patroni.DataDirSt
 	if !w.View.Initialized {
 		return nil
 	}
+	c, err := n.etcdClient()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
 	key := patroni.Prefix(n.cfg.Cluster) + patroni.KeyInitialize
-	_, err := n.txn(ctx).
+	_, err = c.Txn(ctx).
 		If(clientv3.Compare(clientv3.Value(key), "=", "")).
 		Then(clientv3.OpDelete(key)).Commit()
 	if err != nil {
@@ -167,8 +176,14 @@ func (n *Node) prepareAdopted(ctx context.Context, w world, cfg patroni.Config) 
 	if err != nil {
 		return fmt.Errorf("encode dynamic configuration: %w", err)
 	}
+	c, err := n.etcdClient()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
 	key := patroni.Prefix(n.cfg.Cluster) + patroni.KeyConfig
-	_, err = n.txn(ctx).
+	_, err = c.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 		Then(clientv3.OpPut(key, string(value))).Commit()
 	if err != nil {

@@ -28,10 +28,7 @@ func (n *Node) renewCertificates(ctx context.Context, w world) error {
 
 // dueCertificates returns the roles to renew, each with its reason.
 func (n *Node) dueCertificates(w world, now time.Time) (map[pki.Role]string, error) {
-	specs, err := n.leafSpecs(w)
-	if err != nil {
-		return nil, err
-	}
+	specs := n.leafSpecs(w)
 	ca, err := n.pki.CACert()
 	if err != nil {
 		return nil, err
@@ -51,12 +48,12 @@ func (n *Node) dueCertificates(w world, now time.Time) (map[pki.Role]string, err
 
 // leafSpecs says what this node's certificates must look like; it is empty
 // until the roster names this node.
-func (n *Node) leafSpecs(w world) (map[pki.Role]pki.LeafSpec, error) {
+func (n *Node) leafSpecs(w world) map[pki.Role]pki.LeafSpec {
 	i := slices.IndexFunc(w.Members, func(m cluster.Member) bool { return m.Name == n.cfg.Name })
 	if i < 0 {
-		return nil, nil
+		return nil
 	}
-	return cluster.LeafSpecs(n.identity(), w.Members[i], w.Members, w.Settings), nil
+	return cluster.LeafSpecs(n.identity(), w.Members[i], w.Members, w.Settings)
 }
 
 func (n *Node) identity() cluster.Identity {
@@ -65,6 +62,8 @@ func (n *Node) identity() cluster.Identity {
 
 // reissue makes a new key and has a new certificate signed for each role.
 func (n *Node) reissue(ctx context.Context, w world, due map[pki.Role]string) error {
+	n.renewMu.Lock()
+	defer n.renewMu.Unlock()
 	keys, csrs := map[pki.Role][]byte{}, map[pki.Role][]byte{}
 	for role := range due {
 		key, csr, err := pki.NewKeyAndCSR(string(role))
@@ -106,10 +105,7 @@ func (n *Node) sign(ctx context.Context, w world, csrs map[pki.Role][]byte) (map
 	if err != nil {
 		return nil, err
 	}
-	specs, err := n.leafSpecs(w)
-	if err != nil {
-		return nil, err
-	}
+	specs := n.leafSpecs(w)
 	out := map[pki.Role][]byte{}
 	for role, csr := range csrs {
 		if out[role], err = ca.Sign(csr, specs[role], time.Now()); err != nil {

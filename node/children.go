@@ -29,6 +29,10 @@ const (
 	patroniBin = "/usr/bin/patroni"
 	haproxyBin = "/usr/sbin/haproxy"
 
+	// checkTimeout bounds the check of a configuration by its own program, so that
+	// one that hangs does not hold up the reconciler for ever.
+	checkTimeout = time.Minute
+
 	// Children log to files of their own: a pipe would end with the daemon.
 	logMax  = 20 << 20
 	logKeep = 3
@@ -89,9 +93,23 @@ func (n *Node) makeDataDirs() error {
 	return makeDir(filepath.Dir(n.cfg.Postgres.DataDir), 0o750, int(pg.UID), int(pg.GID))
 }
 
-func (n *Node) patroniSpec() supervisor.Spec {
+// patroniCommand is how Patroni is started: by itself, or by the launcher that
+// makes an older one safe.
+func (n *Node) patroniCommand() (path string, args []string, err error) {
+	if !n.version.StealsLeaderKey() {
+		return patroniBin, []string{n.patroniYML()}, nil
+	}
+	launcher := filepath.Join(n.paths.patroniDir(), "launcher.py")
+	if err := fsx.WriteFile(launcher, patroni.Launcher(), 0o644, fsx.Keep, fsx.Keep); err != nil {
+		return "", nil, err
+	}
+	path, args, err = patroni.Interpreter(patroniBin)
+	return path, append(args, launcher, n.patroniYML()), err
+}
+
+func (n *Node) patroniSpec(path string, args []string) supervisor.Spec {
 	return supervisor.Spec{
-		Name: "patroni", Path: patroniBin, Args: []string{n.patroniYML()},
+		Name: "patroni", Path: path, Args: args,
 		// The postmaster inherits Patroni's protection from the OOM killer; a backend
 		// must be killed in its stead.
 		Env: append([]string{"HOME=" + n.paths.patroniDir(), "PG_OOM_ADJUST_FILE=/proc/self/oom_score_adj", "PG_OOM_ADJUST_VALUE=0"}, childEnv...), Dir: "/",
@@ -238,6 +256,9 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		n.setWaiting("")
 		return n.dynamicConfig(ctx, w, cfg)
 	}
+	if n.leaving.Load() {
+		return nil
+	}
 	if wait, why := n.mustWait(w); wait {
 		n.patroni.SetWaiting(why)
 		n.setWaiting(why)
@@ -274,7 +295,7 @@ func (n *Node) patroniConfig(w world) patroni.Config {
 		DataDir: n.cfg.Postgres.DataDir, BinDir: n.cfg.Postgres.BinDir, PGMajor: n.pgMajor(),
 		SocketDir: n.paths.pgSocket(), LogDir: n.paths.Log,
 		Bundle: n.pki.BundlePath(pki.RolePatroni), PostgresBundle: n.pki.BundlePath(pki.RolePostgres), CAFile: n.pki.CAPath(),
-		EtcdAddr: n.doorAddr(), RESTUser: cluster.PatroniRESTUser, RESTPassword: w.Secrets.PatroniREST,
+		EtcdAddr: n.etcdAddr(), RESTUser: cluster.PatroniRESTUser, RESTPassword: w.Secrets.PatroniREST,
 		ClientNets: w.Settings.ClientNets, Async: w.Settings.Async, Profile: w.Settings.Profile,
 		MemoryBytes: memory, CPUs: host.CPUs(), DiskBytes: disk,
 	}
@@ -344,6 +365,8 @@ func (n *Node) replaceFile(ctx context.Context, path string, text []byte, mode f
 	if err := fsx.WriteFile(draft, text, mode, 0, int(user.GID)); err != nil {
 		return false, err
 	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
 	if err := check(ctx, draft); err != nil {
 		return false, fmt.Errorf("check %s: %w", draft, err)
 	}

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/netip"
-	"strconv"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -54,6 +52,7 @@ func (n *Node) runEtcd(ctx context.Context) error {
 			return nil // stop() ends the server, after the children
 		}
 		n.etcd.Store(nil)
+		n.store.Store(nil)
 		if errors.Is(err, errEtcdFatal) {
 			return err
 		}
@@ -79,6 +78,7 @@ func (n *Node) superviseEtcd(ctx context.Context, srv *embedded.Server, fatal <-
 	ready := make(chan error, 1)
 	readyCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	// It is not waited for: after a fatal error in etcd its calls may never return.
 	go func() { ready <- n.etcdReady(readyCtx, srv) }()
 	for {
 		select {
@@ -119,6 +119,9 @@ func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
 	}
 	for n.state.Founder {
 		err := n.found(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
 		if err == nil {
 			break
 		}
@@ -153,7 +156,7 @@ func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 		PeerURL:  peerURL(n.cfg.Address, n.cfg.Ports),
 		CertFile: bundle, KeyFile: bundle, CAFile: n.pki.CAPath(),
 		Token: n.state.ClusterID, InitialCluster: maps.Clone(n.state.InitialCluster),
-		Bootstrap: n.state.Founder && !n.state.Founded, Profile: profile,
+		Bootstrap: n.state.Founder && !n.founded.Load(), Profile: profile,
 		FatalFile: n.paths.etcdFatal(),
 		OnFatal: func(err error) {
 			select {
@@ -163,13 +166,13 @@ func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 		},
 		Log: n.opts.Log,
 	}
-	for _, m := range world.Members {
-		if n.state.Founded { // whom to ask if this member's data is lost
+	if n.founded.Load() { // whom to ask if this member's data is lost
+		for _, m := range world.Members {
 			c.InitialCluster[m.Name] = m.PeerURL()
 		}
 	}
 	if n.cfg.Role == cluster.RoleData {
-		c.ClientURL = "https://" + hostPort(n.cfg.Address, n.cfg.Ports.EtcdClient)
+		c.ClientURL = "https://" + n.etcdAddr()
 	}
 	return c
 }
@@ -205,6 +208,15 @@ func (n *Node) setEtcdState(s string) {
 	n.mu.Unlock()
 }
 
+// etcdClient returns the local member's client, or says why there is none now:
+// the member can end at any time.
+func (n *Node) etcdClient() (*clientv3.Client, error) {
+	if srv := n.etcd.Load(); srv != nil {
+		return srv.Client(), nil
+	}
+	return nil, n.notReady()
+}
+
 // votersNeeded names the members that etcd may be waiting for.
 func (n *Node) votersNeeded() string {
 	w := n.snapshot()
@@ -221,57 +233,10 @@ func (n *Node) votersNeeded() string {
 	return s + ")"
 }
 
-// doorAddr is where Patroni finds etcd on this host.
-func (n *Node) doorAddr() string {
-	return net.JoinHostPort("127.0.0.1", strconv.Itoa(int(n.cfg.Ports.EtcdClient)))
-}
-
-// leadDoor leads the door where doorTarget says.
-func (n *Node) leadDoor(ctx context.Context, w world) {
-	srv := n.etcd.Load()
-	if srv == nil {
-		return
-	}
-	st, err := srv.Status(ctx)
-	if err != nil || !st.HasLeader {
-		return // what is open may be of use again in a moment
-	}
-	reachable := map[string]bool{}
-	for name := range n.seen.lately() {
-		reachable[name] = true
-	}
-	if target := doorTarget(n.cfg.Name, st, w.Members, reachable); target != "" {
-		n.door.lead(target)
-	}
-}
-
-// doorTarget decides where the etcd door leads: to the local member, unless
-// it is a learner, whose client port refuses everything but stale reads; then
-// to the etcd leader, or any other voter that has a client port and answers.
-func doorTarget(self string, s embedded.Status, members []cluster.Member, reachable map[string]bool) string {
-	addr := map[string]string{}
-	for _, m := range members {
-		if m.Role == cluster.RoleData {
-			addr[m.Name] = hostPort(m.Addr, m.Ports.EtcdClient)
-		}
-	}
-	if !s.Learner {
-		return addr[self]
-	}
-	best := ""
-	for _, m := range s.Members {
-		a, known := addr[m.Name]
-		if !known || m.Learner || m.Name == self {
-			continue
-		}
-		if best == "" || reachable[m.Name] || m.ID == s.LeaderID {
-			best = a
-		}
-		if m.ID == s.LeaderID {
-			break
-		}
-	}
-	return best
+// etcdAddr is where Patroni finds etcd on this host, and the only address at
+// which etcd serves clients: nobody else needs it (docs/adr/0003-local-etcd.md).
+func (n *Node) etcdAddr() string {
+	return hostPort(netip.AddrFrom4([4]byte{127, 0, 0, 1}), n.cfg.Ports.EtcdClient)
 }
 
 func peerURL(a netip.Addr, p cluster.Ports) string { return "https://" + hostPort(a, p.EtcdPeer) }

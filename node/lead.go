@@ -59,7 +59,7 @@ func (d *duties) round(ctx context.Context) error {
 		return nil // the etcd part reports it
 	}
 	d.defrag(ctx, srv)
-	if err := d.settle(ctx, store, st); err != nil {
+	if err := d.settle(ctx, store); err != nil {
 		return err
 	}
 	if !st.IsLeader {
@@ -74,7 +74,7 @@ func (d *duties) round(ctx context.Context) error {
 
 // settle turns this node's own roster entry into a full member once its etcd
 // member takes part, and keeps its version right.
-func (d *duties) settle(ctx context.Context, store *cluster.Store, st embedded.Status) error {
+func (d *duties) settle(ctx context.Context, store *cluster.Store) error {
 	for _, m := range d.n.snapshot().Members {
 		if m.Name != d.n.cfg.Name || (m.State == cluster.StateMember && m.Version == Version) {
 			continue

@@ -98,8 +98,10 @@ func lastLines(f *os.File, n int, show func([]byte) (string, bool)) (tail []stri
 }
 
 // follow prints what is appended, and goes on with the next file when the log
-// is rotated.
+// is rotated. It closes f.
 func follow(ctx context.Context, w io.Writer, f *os.File, rest []byte, newest func() (string, error), show func([]byte) (string, bool)) error {
+	defer func() { _ = f.Close() }() // it was only read
+	var next *os.File
 	for {
 		data, err := io.ReadAll(f)
 		if err != nil {
@@ -119,9 +121,12 @@ func follow(ctx context.Context, w io.Writer, f *os.File, rest []byte, newest fu
 		if len(data) > 0 {
 			continue
 		}
-		if next := rotated(f, newest); next != nil {
-			_ = f.Close() // it was only read
-			f, rest = next, nil
+		if next != nil { // and nothing has come since it was there
+			_ = f.Close()
+			f, rest, next = next, nil, nil
+			continue
+		}
+		if next = rotated(f, newest); next != nil {
 			continue
 		}
 		if !sleep(ctx, logPoll) {

@@ -168,11 +168,7 @@ func (n *Node) renewHandler(w http.ResponseWriter, r *http.Request) {
 func (n *Node) renewNow(ctx context.Context) error {
 	w := n.snapshot()
 	due := map[pki.Role]string{}
-	specs, err := n.leafSpecs(w)
-	if err != nil {
-		return err
-	}
-	for role := range specs {
+	for role := range n.leafSpecs(w) {
 		due[role] = "asked for"
 	}
 	if len(due) == 0 {
@@ -194,7 +190,6 @@ type leaveObservation struct {
 	answering int  // voters that answer, this node included
 	voter     bool // this node is one
 	leader    bool // this node is the primary
-	data      int  // data nodes, this one included
 	successor string
 	noSuccess string // why nobody can take over
 }
@@ -216,7 +211,7 @@ func decideLeave(o leaveObservation) (bool, string) {
 
 // leave takes this node out of the cluster: PostgreSQL's leadership goes to
 // another node first, then the node leaves etcd and the roster.
-func (n *Node) leave(ctx context.Context) error {
+func (n *Node) leave(ctx context.Context) (err error) {
 	srv, store := n.etcd.Load(), n.store.Load()
 	if srv == nil || store == nil {
 		return n.notReady()
@@ -241,14 +236,16 @@ func (n *Node) leave(ctx context.Context) error {
 	if o.noSuccess = noSuccessor(oo); o.noSuccess == "" {
 		o.successor = "yes"
 	}
-	ok, why := decideLeave(o)
-	if !ok {
+	if ok, why := decideLeave(o); !ok {
 		return &cluster.Error{Code: cluster.CodeConflict, Message: "this node cannot leave: " + why}
 	}
 	if o.members <= 1 {
 		return nil
 	}
 	n.log.Warn("leaving the cluster")
+	// The reconciler would start Patroni again; if this fails half way, it should.
+	n.leaving.Store(true)
+	defer func() { n.leaving.Store(err == nil) }()
 	if n.cfg.Role == cluster.RoleData {
 		if err := n.patroni.Stop(ctx); err != nil {
 			return fmt.Errorf("stop PostgreSQL: %w", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -47,7 +48,6 @@ type Node struct {
 	sealing *cluster.SealingKey // data nodes only
 	owners  owners
 	fw      *firewall.Firewall
-	door    *door
 	patroni *supervisor.Process // data nodes only
 	haproxy *supervisor.Process // data nodes only
 	runtime *haproxy.Runtime
@@ -56,7 +56,10 @@ type Node struct {
 	etcd  atomic.Pointer[embedded.Server]
 	store atomic.Pointer[cluster.Store]
 
+	founded   atomic.Bool // state.Founded as it is now; state itself never changes
 	rolesDone atomic.Bool // an adopted cluster has its database roles
+	leaving   atomic.Bool // this node is leaving: what it has stopped stays so
+	renewMu   sync.Mutex  // one renewal of certificates at a time
 
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy
@@ -80,7 +83,8 @@ type world struct {
 	Settings cluster.Settings
 	JoinOpen bool // unexpired join tokens exist
 	View     patroni.ClusterView
-	Viewed   bool // View was read from etcd in this round
+	Viewed   bool      // View was read from etcd in this round
+	ViewedAt time.Time // when View was last read from etcd
 	Secrets  *cluster.Secrets
 }
 
@@ -116,17 +120,18 @@ func Open(opts Options) (*Node, error) {
 		etcdState: "starting",
 		waiting:   "starting",
 	}
-	if err := makeDirs(n.paths); err != nil {
-		return nil, err
-	}
+	n.founded.Store(state.Founded)
 	if n.owners, err = lookupOwners(cfg.Role); err != nil {
 		return nil, err
 	}
 	n.pki = pkiDir(n.paths, n.owners)
 	for _, r := range cfg.Role.Roles() {
 		if err := n.pki.Verify(state.ClusterID, state.Node, r); err != nil {
-			return nil, fmt.Errorf("check certificates: %w", err)
+			return nil, wrongCertificates(err)
 		}
+	}
+	if err := makeDirs(n.paths); err != nil {
+		return nil, err
 	}
 	if n.certs, err = pki.NewReloader(n.pki, pki.RoleNode, opts.Log); err != nil {
 		return nil, fmt.Errorf("load node certificate: %w", err)
@@ -136,9 +141,20 @@ func Open(opts Options) (*Node, error) {
 			return nil, err
 		}
 	}
-	n.door = newDoor(opts.Log)
 	n.seen.init(n)
 	return n, nil
+}
+
+// wrongCertificates says what to do about certificates that are missing or not
+// this node's. They are never made anew: a second CA would be a second cluster.
+func wrongCertificates(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("check certificates: %w: restore it from a backup, ca.crt also from another node; or take this host out with pgha reset --force and join again", err)
+	case errors.Is(err, pki.ErrOtherCluster):
+		return fmt.Errorf("check certificates: %w: put this node's own files back; or take this host out with pgha reset --force and join again", err)
+	}
+	return fmt.Errorf("check certificates: %w", err)
 }
 
 // openData prepares what only data nodes have.
@@ -148,13 +164,19 @@ func (n *Node) openData() error {
 		return fmt.Errorf("load sealing key: %w", err)
 	}
 	n.sealing = &key
-	if n.version, err = patroni.InstalledVersion(context.Background(), patroniBin); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if n.version, err = patroni.InstalledVersion(ctx, patroniBin); err != nil {
 		return fmt.Errorf("ask Patroni for its version: %w", err)
 	}
 	if err := n.makeDataDirs(); err != nil {
 		return err
 	}
-	if n.patroni, err = supervisor.New(n.patroniSpec(), n.opts.Log); err != nil {
+	path, args, err := n.patroniCommand()
+	if err != nil {
+		return fmt.Errorf("prepare Patroni: %w", err)
+	}
+	if n.patroni, err = supervisor.New(n.patroniSpec(path, args), n.opts.Log); err != nil {
 		return fmt.Errorf("prepare Patroni: %w", err)
 	}
 	if n.haproxy, err = supervisor.New(n.haproxySpec(), n.opts.Log); err != nil {
@@ -200,9 +222,6 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	serve("serve local API", n.serveLocal)
 	serve("serve API", n.serveRemote)
-	if n.cfg.Role == cluster.RoleData {
-		serve("serve etcd door", func(ctx context.Context) error { return n.door.serve(ctx, n.doorAddr()) })
-	}
 	serve("run etcd", n.runEtcd)
 	serve("reconcile", n.reconcileLoop)
 	serve("lead", n.leadLoop)

@@ -84,12 +84,15 @@ func CheckPorts(c Config) error {
 		if err != nil {
 			return err
 		}
-		if found {
+		switch {
+		case found && pid == 0:
+			taken = append(taken, fmt.Sprintf("port %d (%s) is taken by %s", u.Port, u.Key, proc))
+		case found:
 			taken = append(taken, fmt.Sprintf("port %d (%s) is taken by %s (pid %d)", u.Port, u.Key, proc, pid))
 		}
 	}
 	if len(taken) > 0 {
-		return fmt.Errorf("%s: stop that program, or choose another port (--port %s=N)", strings.Join(taken, ", "), "NAME")
+		return fmt.Errorf("%s: stop what listens there, or choose another port (--port NAME=N)", strings.Join(taken, ", "))
 	}
 	return nil
 }
@@ -98,7 +101,10 @@ func CheckPorts(c Config) error {
 func CheckDisk(p Paths, c Config) error {
 	need, dirs := uint64(minFreeWitness), []string{p.Lib}
 	if c.Role == cluster.RoleData {
-		need, dirs = minFreeData, append(dirs, c.Postgres.DataDir)
+		need = minFreeData
+		if c.Postgres.DataDir != "" { // not chosen yet: it is going to be below Lib, or adopted
+			dirs = append(dirs, c.Postgres.DataDir)
+		}
 	}
 	for _, d := range dirs {
 		free, total, err := host.DiskFree(d)
@@ -106,7 +112,7 @@ func CheckDisk(p Paths, c Config) error {
 			return err
 		}
 		if free < need {
-			return fmt.Errorf("the disk of %s is nearly full: %s free of %s, a %s node needs %s at least", d, FormatBytes(free), FormatBytes(total), c.Role, FormatBytes(need))
+			return fmt.Errorf("the disk of %s is nearly full: %s free of %s, a %s node needs %s at least: free some space", d, FormatBytes(free), FormatBytes(total), c.Role, FormatBytes(need))
 		}
 	}
 	return nil

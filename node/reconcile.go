@@ -31,11 +31,13 @@ const (
 func (n *Node) reconcileLoop(ctx context.Context) error {
 	t := time.NewTicker(reconcileEvery)
 	defer t.Stop()
-	for {
-		n.reconcile(ctx)
+	tick := func() {
 		n.mu.Lock()
 		n.lastTick = time.Now()
 		n.mu.Unlock()
+	}
+	for tick(); ; tick() {
+		n.reconcile(ctx)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -61,7 +63,6 @@ func (n *Node) reconcile(ctx context.Context) {
 		}
 		return
 	}
-	n.leadDoor(ctx, w)
 	n.problem("patroni configuration", n.reconcilePatroni(ctx, w))
 	n.problem("haproxy configuration", n.reconcileHAProxy(ctx, w))
 }
@@ -110,7 +111,7 @@ func (n *Node) observe(ctx context.Context) (world, error) {
 		if w.View, err = patroni.ParseView(n.cfg.Cluster, kvs); err != nil {
 			return err
 		}
-		w.Viewed = true
+		w.Viewed, w.ViewedAt = true, time.Now()
 		return nil
 	}()
 	if err == nil {

@@ -154,6 +154,10 @@ func (n *Node) diskProblems() []string {
 	return nil
 }
 
+// staleView is how old the last look at Patroni's keys may be. A round of reads
+// that fails is the normal price of a change of etcd's leader.
+const staleView = 10 * time.Second
+
 // status asks every member for its report and judges the whole.
 func (n *Node) status(ctx context.Context) Status {
 	w := n.snapshot()
@@ -167,7 +171,7 @@ func (n *Node) status(ctx context.Context) Status {
 		if st, err := srv.Status(ctx); err == nil {
 			etcd = st
 			o.quorum = st.HasLeader
-			o.viewed = !st.HasLeader || w.Viewed
+			o.viewed = !st.HasLeader || time.Since(w.ViewedAt) < staleView
 		}
 	}
 	o.leader = leaderOf(w.View, reports)

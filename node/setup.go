@@ -135,7 +135,12 @@ type Joining struct {
 	cfg   Config
 	state State
 	keys  map[pki.Role][]byte
+	major int // of the cluster's PostgreSQL, once Check has been told; 0 = not known
 }
+
+// PGMajor returns the major version of the cluster's PostgreSQL, which Check
+// has learned; 0 if it is not known.
+func (j *Joining) PGMajor() int { return j.major }
 
 // NewJoining prepares a join. The keys are written before the request is sent
 // and read again by a repetition: the cluster knows an interrupted join by them.
@@ -151,8 +156,11 @@ func NewJoining(p Paths, cfg Config, tok cluster.Token, sans []string) *Joining 
 // where none is installed yet.
 func (j *Joining) Check(h cluster.Hello) (cluster.JoinRequest, error) {
 	req := j.request()
-	if req.PGMajor == 0 && j.cfg.Role == cluster.RoleData {
-		req.PGMajor = h.PGMajor
+	if j.cfg.Role == cluster.RoleData {
+		j.major = h.PGMajor
+		if req.PGMajor == 0 {
+			req.PGMajor = h.PGMajor
+		}
 	}
 	return req, j.loadKeys(&req)
 }

@@ -59,7 +59,7 @@ func readControl(dir string) (controlFile, error) {
 	if err != nil {
 		return controlFile{}, fmt.Errorf("%w: %w", ErrNoDatabase, err)
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	var b [20]byte
 	if _, err := io.ReadFull(f, b[:]); err != nil {
 		return controlFile{}, fmt.Errorf("%w: read %s: %w", ErrNoDatabase, f.Name(), err)

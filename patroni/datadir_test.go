@@ -22,7 +22,7 @@ func TestDataDir(t *testing.T) {
 	parent, err := os.MkdirTemp("", "pghadd")
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(parent)) })
-	cred, err := credential(OSUser)
+	cred, err := osCredential()
 	must(t, err)
 	must(t, os.Chown(parent, int(cred.Uid), int(cred.Gid)))
 	dir := filepath.Join(parent, "pg")

@@ -47,7 +47,7 @@ func newLab(t *testing.T) *lab {
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(dir)) })
 	must(t, os.Chmod(dir, 0o755))
-	cred, err := credential(OSUser)
+	cred, err := osCredential()
 	must(t, err)
 	bin, err := exec.LookPath("patroni")
 	must(t, err)
@@ -154,7 +154,7 @@ func (n *node) start(t *testing.T) {
 	out, err := os.OpenFile(n.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(t, err)
 	defer out.Close()
-	cred, err := credential(OSUser)
+	cred, err := osCredential()
 	must(t, err)
 	n.cmd = exec.Command(n.lab.bin, n.yaml)
 	n.cmd.Stdout, n.cmd.Stderr = out, out

@@ -31,7 +31,7 @@ func Validate(ctx context.Context, patroniBin, yamlPath string) error {
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C.UTF-8", "HOME=/", "PYTHONDONTWRITEBYTECODE=1"}
 	cmd.Dir = "/"
 	if os.Geteuid() == 0 {
-		cred, err := credential(OSUser)
+		cred, err := osCredential()
 		if err != nil {
 			return fmt.Errorf("validate %s: %w", yamlPath, err)
 		}
@@ -82,17 +82,11 @@ if u.find_spec("OpenSSL") and not u.find_spec("idna"):
 // dependency of Debian's patroni), Patroni dies on the first certificate with a
 // DNS name, and says that it has no configuration store.
 func CheckPython(ctx context.Context, patroniBin string) error {
-	data, err := os.ReadFile(patroniBin)
+	interpreter, args, err := Interpreter(patroniBin)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", patroniBin, err)
+		return err
 	}
-	first, _, _ := strings.Cut(string(data), "\n")
-	interpreter, ok := strings.CutPrefix(first, "#!")
-	args := strings.Fields(interpreter)
-	if !ok || len(args) == 0 {
-		return fmt.Errorf("%s is no script: cannot tell which Python runs it", patroniBin)
-	}
-	out, err := exec.CommandContext(ctx, args[0], append(args[1:], "-c", pythonCheck)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, interpreter, append(args, "-c", pythonCheck)...).CombinedOutput()
 	var exit *exec.ExitError
 	switch {
 	case errors.As(err, &exit) && exit.ExitCode() == 3:
@@ -103,20 +97,20 @@ func CheckPython(ctx context.Context, patroniBin string) error {
 	return nil
 }
 
-// credential returns the ids of an OS user, with all its groups.
-func credential(name string) (*syscall.Credential, error) {
-	u, err := user.Lookup(name)
+// osCredential returns the ids of PostgreSQL's OS user, with all its groups.
+func osCredential() (*syscall.Credential, error) {
+	u, err := user.Lookup(OSUser)
 	if err != nil {
-		return nil, fmt.Errorf("look up user %s: %w", name, err)
+		return nil, fmt.Errorf("look up user %s: %w", OSUser, err)
 	}
 	ids, err := u.GroupIds()
 	if err != nil {
-		return nil, fmt.Errorf("look up groups of user %s: %w", name, err)
+		return nil, fmt.Errorf("look up groups of user %s: %w", OSUser, err)
 	}
 	parse := func(s string) (uint32, error) {
 		n, err := strconv.ParseUint(s, 10, 32)
 		if err != nil {
-			return 0, fmt.Errorf("read ids of user %s: %w", name, err)
+			return 0, fmt.Errorf("read ids of user %s: %w", OSUser, err)
 		}
 		return uint32(n), nil
 	}

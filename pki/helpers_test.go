@@ -125,7 +125,7 @@ func serve(t *testing.T, cfg *tls.Config, onShake func(error)) string {
 					onShake(err)
 				}
 				if err == nil {
-					io.WriteString(c, "ok\n")
+					_, _ = io.WriteString(c, "ok\n") // the client tells of its failure
 					c.Close()
 				}
 			})
@@ -191,10 +191,10 @@ func start(t *testing.T, cmd *exec.Cmd) *output {
 	}
 	go func() {
 		defer close(out.exited)
-		cmd.Wait()
+		_ = cmd.Wait() // most are killed
 	}()
 	t.Cleanup(func() {
-		cmd.Process.Kill()
+		_ = cmd.Process.Kill() // an error means that it has ended already
 		<-out.exited
 		if t.Failed() {
 			t.Logf("%s:\n%s", cmd.Path, out)

@@ -89,7 +89,7 @@ func startPostgres(t *testing.T, d Dir) *postgres {
 	// Before start's own clean-up, which kills: an immediate shutdown takes
 	// PostgreSQL's children along.
 	t.Cleanup(func() {
-		p.cmd.Process.Signal(syscall.SIGQUIT)
+		_ = p.cmd.Process.Signal(syscall.SIGQUIT) // an error means that it has ended already
 		select {
 		case <-out.exited:
 		case <-time.After(patience):

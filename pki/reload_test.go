@@ -192,12 +192,12 @@ func TestServesHTTP2(t *testing.T) {
 		t.Fatal(err)
 	}
 	srv := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") }),
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") }),
 	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		srv.Serve(tls.NewListener(ln, r.ServerConfig(tls.RequireAndVerifyClientCert)))
+		_ = srv.Serve(tls.NewListener(ln, r.ServerConfig(tls.RequireAndVerifyClientCert)))
 	}()
 	defer func() { srv.Close(); <-done }()
 	tr := &http.Transport{TLSClientConfig: r.ClientConfig(nil), ForceAttemptHTTP2: true}

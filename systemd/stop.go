@@ -10,13 +10,13 @@ import (
 type StopReason int
 
 const (
-	// Unknown: systemd was not asked, could not be, or has nothing to do with it.
+	// Unknown means that systemd was not asked, could not be, or has nothing to do with it.
 	Unknown StopReason = iota
-	// StopUnit: the unit alone is being stopped.
+	// StopUnit means that the unit alone is being stopped.
 	StopUnit
-	// RestartUnit: the unit will be started again at once.
+	// RestartUnit means that the unit will be started again at once.
 	RestartUnit
-	// Shutdown: the whole system goes down; whatever still runs will be killed.
+	// Shutdown means that the whole system goes down: whatever still runs will be killed.
 	Shutdown
 )
 

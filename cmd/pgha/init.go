@@ -57,6 +57,9 @@ func runInit(c *cli.Context) error {
 	if err := node.CheckRoot(); err != nil {
 		return err
 	}
+	if err := checkService(c); err != nil {
+		return err
+	}
 	paths := node.DefaultPaths()
 	again, err := node.CheckFresh(paths, true)
 	if err != nil {
@@ -66,9 +69,6 @@ func runInit(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := node.CheckAddress(cfg); err != nil {
-		return err
-	}
 	adopt := c.String("adopt")
 	if adopt != "" {
 		if adopt, err = filepath.Abs(adopt); err != nil {
@@ -76,7 +76,7 @@ func runInit(c *cli.Context) error {
 		}
 	}
 	p := newProgress()
-	undo, err := prepareHost(c, p, &cfg, paths, adopt, again != nil)
+	undo, err := prepareHost(c, p, &cfg, paths, adopt, 0, again != nil)
 	if err != nil {
 		return err
 	}
@@ -97,6 +97,9 @@ func runInit(c *cli.Context) error {
 // flags.
 func initConfig(c *cli.Context) (node.Config, cluster.Settings, error) {
 	settings := cluster.Settings{Async: c.Bool("async"), Profile: c.String("profile")}
+	if err := cluster.ValidateName("cluster name", c.String("cluster")); err != nil {
+		return node.Config{}, settings, fmt.Errorf("--cluster: %w", err)
+	}
 	cfg, err := nodeConfig(c, cluster.RoleData)
 	if err != nil {
 		return cfg, settings, err
@@ -126,7 +129,16 @@ func initConfig(c *cli.Context) (node.Config, cluster.Settings, error) {
 	if err := settings.Validate(); err != nil {
 		return cfg, settings, err
 	}
-	return cfg, settings, cluster.ValidateName("cluster", cfg.Cluster)
+	return cfg, settings, nil
+}
+
+// checkService refuses a host on which no unit can be made, before anything is
+// changed there.
+func checkService(c *cli.Context) error {
+	if !c.Bool("no-service") && !systemd.Available() {
+		return errors.New("this host was not booted with systemd: run it in the foreground with --no-service, and have pgha run started at each boot")
+	}
+	return nil
 }
 
 // nodeConfig makes a node's configuration of the flags that init and join share.
@@ -163,14 +175,25 @@ func nodeConfig(c *cli.Context, role cluster.NodeRole) (node.Config, error) {
 			return cfg, fmt.Errorf("--port %s: %w", s, err)
 		}
 	}
-	return cfg, nil
+	if err := cfg.Validate(); err != nil {
+		return cfg, err
+	}
+	for _, s := range c.StringSlice("san") {
+		if err := cluster.ValidateSAN(s); err != nil {
+			return cfg, fmt.Errorf("--san: %w", err)
+		}
+	}
+	return cfg, node.CheckAddress(cfg)
 }
 
 // prepareHost installs what is missing, stops what would compete and checks
 // that the node's ports and directories are free. It asks once, for all of it.
 // The function it returns puts the distribution's services back.
-func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths, adopt string, again bool) (undo func() error, err error) {
+func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths, adopt string, major int, again bool) (undo func() error, err error) {
 	undo = func() error { return nil }
+	if err := node.CheckDisk(paths, *cfg); err != nil {
+		return undo, err
+	}
 	missing := node.MissingPackages(cfg.Role)
 	if err := confirm(c.Bool("yes"), plan(cfg, missing)); err != nil {
 		return undo, err
@@ -184,7 +207,7 @@ func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths
 	if undo, err = quiesce(c.Context, p, paths, cfg.Role); err != nil {
 		return undo, err
 	}
-	if err := checkHost(cfg, paths, adopt, again); err != nil {
+	if err := checkHost(cfg, paths, adopt, major, again); err != nil {
 		return undo, errors.Join(err, undo())
 	}
 	return undo, nil
@@ -230,8 +253,16 @@ func quiesce(ctx context.Context, p *progress, paths node.Paths, role cluster.No
 	if role == cluster.RoleWitness {
 		patterns = systemd.CompetingWitnessUnits()
 	}
+	// On a fresh host nothing has made the directory of the record yet.
+	if err := os.MkdirAll(paths.Lib, 0o711); err != nil {
+		return undo, fmt.Errorf("make state directory: %w", err)
+	}
 	changes, err := systemd.Quiesce(ctx, paths.Units(), patterns...)
-	undo = func() error { return systemd.Restore(context.WithoutCancel(ctx), paths.Units()) }
+	undo = func() error {
+		err := systemd.Restore(context.WithoutCancel(ctx), paths.Units())
+		_ = os.Remove(paths.Lib) // fails, and stays, if there is anything in it
+		return err
+	}
 	if err != nil {
 		return undo, errors.Join(err, undo())
 	}
@@ -241,10 +272,10 @@ func quiesce(ctx context.Context, p *progress, paths node.Paths, role cluster.No
 	return undo, nil
 }
 
-// checkHost looks for everything that would keep the node from starting.
-func checkHost(cfg *node.Config, paths node.Paths, adopt string, again bool) error {
+// checkHost looks for everything that would keep the node from starting. major
+// is the version of PostgreSQL that the cluster runs, 0 if there is none yet.
+func checkHost(cfg *node.Config, paths node.Paths, adopt string, major int, again bool) error {
 	if cfg.Role == cluster.RoleData {
-		major := 0
 		if adopt != "" {
 			info, err := node.CheckAdoptable(adopt)
 			if err != nil {
@@ -273,9 +304,6 @@ func checkHost(cfg *node.Config, paths node.Paths, adopt string, again bool) err
 // beside it. In the foreground it goes on until the process is asked to stop.
 func startAndWait(c *cli.Context, p *progress, paths node.Paths, ready func(context.Context) error) error {
 	if !c.Bool("no-service") {
-		if !systemd.Available() {
-			return errors.New("this host was not booted with systemd: everything is prepared; start the node with pgha run, and have it started at each boot")
-		}
 		bin, err := os.Executable()
 		if err != nil {
 			return fmt.Errorf("find this program's path: %w", err)

@@ -58,6 +58,9 @@ func runJoin(c *cli.Context) error {
 	if err := node.CheckRoot(); err != nil {
 		return err
 	}
+	if err := checkService(c); err != nil {
+		return err
+	}
 	tok, err := readToken(c)
 	if err != nil {
 		return err
@@ -92,7 +95,7 @@ func runJoin(c *cli.Context) error {
 	if err := cluster.CheckJoin(c.Context, tok, j.Check, cluster.JoinOptions{}); err != nil {
 		return err
 	}
-	undo, err := prepareHost(c, p, &cfg, paths, "", again != nil)
+	undo, err := prepareHost(c, p, &cfg, paths, "", j.PGMajor(), again != nil)
 	if err != nil {
 		return err
 	}
@@ -129,11 +132,7 @@ func joinConfig(c *cli.Context, tok cluster.Token, role cluster.NodeRole) (node.
 			}
 		}
 	}
-	cfg, err := nodeConfig(c, role)
-	if err != nil {
-		return cfg, err
-	}
-	return cfg, node.CheckAddress(cfg)
+	return nodeConfig(c, role)
 }
 
 func announceJoin(ctx context.Context, c *cli.Context, p *progress, paths node.Paths, role cluster.NodeRole) error {

@@ -21,24 +21,35 @@ func main() {
 	os.Exit(run(os.Args))
 }
 
-// exitError carries an exit status without a message of its own.
-type exitError int
+// exitError carries an exit status of its own, and what to say; with a nil err
+// everything has been said.
+type exitError struct {
+	code int
+	err  error
+}
 
-func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+func (e exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e exitError) Unwrap() error { return e.err }
 
 func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := newApp().RunContext(ctx, args)
-	var code exitError
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0
-	case errors.As(err, &code):
-		return int(code)
 	}
-	fmt.Fprintln(os.Stderr, "pgha: "+err.Error())
-	return 1
+	exit := exitError{code: 1, err: err}
+	errors.As(err, &exit)
+	if exit.err != nil {
+		fmt.Fprintln(os.Stderr, "pgha: "+err.Error())
+	}
+	return exit.code
 }
 
 func newApp() *cli.App {
@@ -74,7 +85,11 @@ func newApp() *cli.App {
 // plainUsageErrors has a wrong flag answered by one line instead of the help.
 func plainUsageErrors(c *cli.Command) {
 	c.OnUsageError = func(ctx *cli.Context, err error, _ bool) error {
-		return fmt.Errorf("%w: see pgha %s --help", err, ctx.Command.FullName())
+		err = fmt.Errorf("%w: see pgha %s --help", err, ctx.Command.FullName())
+		if ctx.Command.Name == "status" {
+			return cannotTell(err)
+		}
+		return err
 	}
 	for _, sub := range c.Subcommands {
 		plainUsageErrors(sub)

@@ -30,16 +30,18 @@ func psqlNode(args []string) (name string, rest []string, err error) {
 	if len(args) == 0 {
 		return "", nil, nil
 	}
-	if v, ok := strings.CutPrefix(args[0], "--node="); ok {
-		return v, args[1:], nil
-	}
-	if args[0] != "--node" {
+	name, ok := strings.CutPrefix(args[0], "--node=")
+	rest = args[1:]
+	switch {
+	case !ok && args[0] != "--node":
 		return "", args, nil
+	case !ok && len(rest) > 0:
+		name, rest = rest[0], rest[1:]
 	}
-	if len(args) < 2 {
+	if name == "" || name == "--node" {
 		return "", nil, errors.New("--node needs the name of a data node")
 	}
-	return args[1], args[2:], nil
+	return name, rest, nil
 }
 
 func runPsql(c *cli.Context) error {

@@ -45,10 +45,12 @@ func runNode(ctx context.Context, paths node.Paths, w io.Writer) error {
 	file := &lumberjack.Logger{Filename: paths.DaemonLog(), MaxSize: 20, MaxBackups: 5}
 	defer func() { _ = file.Close() }() // it is written through; nothing is lost
 	opts := &slog.HandlerOptions{Level: level}
-	log := slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, opts), slog.NewJSONHandler(file, opts)))
+	kept := slog.NewJSONHandler(file, opts)
+	log := slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, opts), kept))
 	n, err := node.Open(node.Options{Paths: paths, Log: log, Foreground: !systemd.Available() || os.Getenv("INVOCATION_ID") == ""})
 	if err != nil {
-		log.Error("cannot start", "err", err)
+		// Whoever started it is told by the error; pgha status finds it in the file.
+		slog.New(kept).Error("cannot start", "component", "pgha", "err", err)
 		return err
 	}
 	return n.Run(ctx)

@@ -24,12 +24,23 @@ func statusCommand() *cli.Command {
 		Description: "Exit status: 0 healthy, 1 degraded, 2 no primary, 3 cannot tell.",
 		Flags:       []cli.Flag{jsonFlag},
 		Action: func(c *cli.Context) error {
-			if err := noArgs(c); err != nil {
-				return err
+			err := noArgs(c)
+			if err == nil {
+				err = showStatus(c.Context, node.DefaultPaths(), c.Bool("json"))
 			}
-			return showStatus(c.Context, node.DefaultPaths(), c.Bool("json"))
+			return cannotTell(err)
 		},
 	}
+}
+
+// cannotTell gives an error of status the exit status that says so: any other
+// would be taken for the cluster's condition.
+func cannotTell(err error) error {
+	var exit exitError
+	if err == nil || errors.As(err, &exit) {
+		return err
+	}
+	return exitError{int(node.Unknown), err}
 }
 
 func showStatus(ctx context.Context, paths node.Paths, asJSON bool) error {
@@ -45,7 +56,7 @@ func showStatus(ctx context.Context, paths node.Paths, asJSON bool) error {
 		printStatus(os.Stdout, s)
 	}
 	if err == nil && s.Health != node.Healthy {
-		return exitError(s.Health)
+		return exitError{code: int(s.Health)}
 	}
 	return err
 }
@@ -56,27 +67,29 @@ func statusDown(ctx context.Context, paths node.Paths, asJSON bool, cause error)
 	todo := []string{}
 	state, err := node.LoadState(paths)
 	switch {
-	case err != nil && os.Geteuid() != 0:
+	case err != nil && !errors.Is(err, node.ErrNoNode) && os.Geteuid() != 0:
 		why, todo = "pgha status needs root", []string{"sudo pgha status"}
 	case err != nil:
 		why = err.Error()
 	case errors.Is(cause, node.ErrNotRunning):
 		why = fmt.Sprintf("pgha is not running on this host, which is the %s node %q of cluster %q", state.Role, state.Node, state.ClusterName)
-		todo = append(todo, unitHints(ctx)...)
-		if line := node.LastLogError(paths); line != "" {
+		if _, err := node.LoadConfig(paths.Config()); err != nil {
+			why += "; it cannot start: " + err.Error()
+		} else if line := node.LastLogError(paths); line != "" {
 			why += "; its last error: " + line
 		}
+		todo = append(todo, unitHints(ctx)...)
 		todo = append(todo, "ask another node: the rest of the cluster may well be up")
 	}
 	if asJSON {
 		if err := printJSON(os.Stdout, map[string]any{"health": node.Unknown, "verdict": why, "to_do": todo}); err != nil {
 			return err
 		}
-		return exitError(node.Unknown)
+		return exitError{code: int(node.Unknown)}
 	}
 	fmt.Println(why)
 	printToDo(os.Stdout, todo)
-	return exitError(node.Unknown)
+	return exitError{code: int(node.Unknown)}
 }
 
 // unitHints says what systemd thinks and what to run.

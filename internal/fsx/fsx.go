@@ -11,7 +11,7 @@ import (
 	"path/filepath"
 )
 
-// Keep, given as a uid or gid, leaves the owner as the process creates it.
+// Keep as a uid or gid leaves the owner as the process creates it.
 const Keep = -1
 
 // WriteFile replaces path atomically: it writes a temporary file in the same

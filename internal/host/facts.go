@@ -30,7 +30,7 @@ func Memory() uint64 {
 	if err := unix.Sysinfo(&info); err != nil {
 		return 0
 	}
-	total := uint64(info.Totalram) * uint64(info.Unit)
+	total := uint64(info.Totalram) * uint64(info.Unit) //nolint:unconvert // some machines have 32 bits here
 	// The root of a machine's hierarchy has no such file; a container's has.
 	limit, err := os.ReadFile("/sys/fs/cgroup/memory.max")
 	if err != nil {

@@ -99,7 +99,7 @@ func (i installer) install(ctx context.Context, pkgs []Package, out io.Writer) (
 func runApt(ctx context.Context, apt string, out io.Writer, verb string, args ...string) error {
 	const lines = 15
 	// On a fresh host the distribution's own upgrades often hold the lock.
-	args = append([]string{"-q", "-o", "DPkg::Lock::Timeout=300", verb}, args...)
+	args = append([]string{"-q", "-o", "DPkg::Lock::Timeout=300", "-o", "DPkg::Use-Pty=0", verb}, args...)
 	cmd := exec.CommandContext(ctx, apt, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive", "APT_LISTCHANGES_FRONTEND=none",
 		"NEEDRESTART_SUSPEND=1")

@@ -196,7 +196,7 @@ case "$*" in *"$TEST_FAIL"*) echo "E: cannot $TEST_FAIL" >&2; exit 100;; esac
 	if err := i.install(context.Background(), pkgs, &out); err != nil {
 		t.Fatal(err)
 	}
-	const options = "-q -o DPkg::Lock::Timeout=300 "
+	const options = "-q -o DPkg::Lock::Timeout=300 -o DPkg::Use-Pty=0 "
 	want := options + "update\npolicy 101\n" + options + "install --yes --no-install-recommends " +
 		"-o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold -- postgresql haproxy\npolicy 101\n"
 	if d := cmp.Diff(want, read("calls")); d != "" {

@@ -1,0 +1,66 @@
+# GNU make. "make" alone tells what there is.
+#
+# Nothing has to be installed by hand but Go, git and make on Debian: demo and
+# test install the Debian packages that they miss, as root or through sudo.
+
+GO ?= $(or $(shell command -v go),/usr/local/go/bin/go)
+BIN ?= bin/pgha
+# Outside of git, and in another user's clone, there is no revision to tell.
+VERSION ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),dev)
+
+# What the tests run, beside what the Go programs among them bring along.
+TEST_PACKAGES = \
+	postgresql patroni python3-etcd python3-dnspython python3-idna haproxy nftables \
+	debootstrap systemd systemd-container dbus util-linux mount iproute2 procps \
+	openssl ca-certificates python3 python3-yaml gcc libc6-dev
+
+# As a user, only what needs it runs as root: compiling does not.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+ROOT_EXEC := $(if $(SUDO),-exec 'sudo -E')
+
+# Room for two cores that whole clusters share. One package at a time where the
+# hosts of a test keep both busy; a run that hangs shows its goroutines.
+GO_TEST = $(GO) test -race -timeout 30m $(ROOT_EXEC)
+SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/systemd/...
+
+LINT = $(GO) tool -modfile=tools/go.mod golangci-lint
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test unit scenarios deps check fmt-check vet lint clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build bin/pgha, one static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X pgha/node.Version=$(VERSION)' -o $(BIN) ./cmd/pgha
+	@if LC_ALL=C ldd $(BIN) 2>&1 | grep -q '=>'; then echo "$(BIN) is not static" >&2; exit 1; fi
+
+demo: build ## bring up a real three-node cluster on this machine and pull its primary's plug
+	$(SUDO) $(BIN) demo --yes
+
+test: deps build vet unit scenarios ## install what the tests need and run them all
+
+unit: ## test the packages
+	$(GO_TEST) $$($(GO) list ./... | grep -v ^pgha/tests/) ./tests/deps
+
+scenarios: build ## test etcd members, whole clusters and booted hosts together
+	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -p 1 $(SCENARIOS)
+
+deps: ## install the Debian packages that the tests need
+	@$(GO) build -buildvcs=false -o bin/install-packages ./tests/packages
+	@$(SUDO) bin/install-packages $(TEST_PACKAGES)
+
+check: fmt-check vet lint ## format, vet and lint
+
+fmt-check:
+	@out=$$(find . -name '*.go' -not -path './.*' -exec gofmt -l {} +); \
+	if [ -n "$$out" ]; then echo "not formatted by gofmt:" >&2; echo "$$out" >&2; exit 1; fi
+
+vet: ## run go vet
+	$(GO) vet ./...
+
+lint: ## run the linters; the first run builds them
+	$(LINT) run
+
+clean: ## remove what the build and the tests keep
+	$(SUDO) rm -rf bin .cache
