@@ -33,7 +33,7 @@ help: ## show this list
 
 build: ## build bin/pgha, one static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X pgha/node.Version=$(VERSION)' -o $(BIN) ./cmd/pgha
-	@if LC_ALL=C ldd $(BIN) 2>&1 | grep -q '=>'; then echo "$(BIN) is not static" >&2; exit 1; fi
+	@LC_ALL=C ldd $(BIN) 2>&1 | grep -Eq 'not a dynamic|statically' || { echo "$(BIN) is not static" >&2; exit 1; }
 
 demo: build ## bring up a real three-node cluster on this machine and pull its primary's plug
 	$(SUDO) $(BIN) demo --yes
@@ -44,7 +44,7 @@ unit: ## test the packages
 	$(GO_TEST) $$($(GO) list ./... | grep -v ^pgha/tests/) ./tests/deps
 
 scenarios: build ## test etcd members, whole clusters and booted hosts together
-	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -p 1 $(SCENARIOS)
+	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 1 $(SCENARIOS)
 
 deps: ## install the Debian packages that the tests need
 	@$(GO) build -buildvcs=false -o bin/install-packages ./tests/packages

@@ -216,7 +216,7 @@ func decideJoin(f joinFacts, req JoinRequest, csrHash string) (joinAction, error
 	}
 	for _, m := range f.members {
 		if m.Name == req.Name {
-			return joinRefused, refuse(CodeNameTaken, "the cluster has a member %s already (%s, %s, since %s): choose another name, or remove that member first",
+			return joinRefused, refuse(CodeNameTaken, "the cluster has a member %s already (%s, %s, since %s): choose another name, or run pgha reset on that node first",
 				m.Name, m.Addr, string(m.State), clock(m.JoinedAt))
 		}
 		if m.Addr == req.Addr {

@@ -167,4 +167,4 @@ func classify(msg string, fields []zapcore.Field) error {
 }
 
 // adviceRejoin is what an operator does with a member whose data is of no use.
-const adviceRejoin = "remove this member from the cluster and join it again with an empty data directory"
+const adviceRejoin = "take this host out of the cluster (pgha reset --force) and join it again"

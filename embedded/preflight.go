@@ -106,7 +106,7 @@ func planEmpty(ctx context.Context, cfg Config) (plan, error) {
 func memberIDString(id uint64) string { return fmt.Sprintf("%x", id) }
 
 func removedError(id string) error {
-	return fmt.Errorf("%w: member %s; its data is of no use any more: move the data directory aside and join again", ErrRemoved, id)
+	return fmt.Errorf("%w: member %s; its data is of no use any more: %s", ErrRemoved, id, adviceRejoin)
 }
 
 // checkSpace wants room for the log segment that etcd preallocates at start.

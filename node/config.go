@@ -52,6 +52,7 @@ func (p Paths) PKI() string { return filepath.Join(p.Lib, "pki") }
 // DaemonLog returns the path of the daemon's log: one JSON record a line.
 func (p Paths) DaemonLog() string { return filepath.Join(p.Log, "pgha.log") }
 
+func (p Paths) lock() string        { return filepath.Join(p.Run, "pgha.lock") }
 func (p Paths) etcd() string        { return filepath.Join(p.Lib, "etcd") }
 func (p Paths) etcdFatal() string   { return filepath.Join(p.Lib, "etcd-fatal.json") }
 func (p Paths) roster() string      { return filepath.Join(p.Lib, "roster.json") }
@@ -174,13 +175,8 @@ func decodeError(path string, data []byte, err error) error {
 
 // kindOf says in words what a key takes.
 func kindOf(t reflect.Type) string {
-	switch {
-	case t == nil:
-		return "something else"
-	case t.Kind() == reflect.Uint16:
+	if t != nil && t.Kind() == reflect.Uint16 {
 		return "a number from 1 to 65535"
-	case t.Kind() == reflect.Struct:
-		return "keys of its own, on lines of their own"
 	}
 	return "text"
 }

@@ -191,12 +191,20 @@ func (n *Node) openData() error {
 func (n *Node) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	unlock, err := lockDaemon(n.paths)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if n.cfg.Firewall.Mode != FirewallOff {
 		fw, err := firewall.New(n.opts.Log)
 		if err != nil {
 			return fmt.Errorf("open nftables: %w", err)
 		}
 		n.fw = fw
+	} else if err := removeFirewall(ctx); err != nil {
+		// It may be off because this host has no nftables.
+		n.log.Warn("cannot make sure that the firewall's table is gone", "err", err)
 	}
 	n.loadCache()
 	// The firewall stands before anything listens.
@@ -228,7 +236,7 @@ func (n *Node) Run(ctx context.Context) error {
 	serve("watch peers", n.seen.loop)
 	serve("watch firewall", n.watchFirewall)
 	serve("ping watchdog", n.pingWatchdog)
-	err := run.Wait()
+	err = run.Wait()
 	if ctx.Err() != nil {
 		err = nil // asked to stop
 	}

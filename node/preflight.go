@@ -1,12 +1,14 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"pgha/cluster"
 	"pgha/internal/host"
@@ -154,22 +156,47 @@ func CheckAdoptable(dir string) (patroni.DataDirInfo, error) {
 // still needs.
 func MissingPackages(role cluster.NodeRole) []host.Package { return host.MissingPackages(string(role)) }
 
+// CheckPatroni refuses a Patroni that pgha cannot run.
+func CheckPatroni(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	v, err := patroni.InstalledVersion(ctx, patroniBin)
+	if err != nil {
+		return fmt.Errorf("ask Patroni for its version: %w", err)
+	}
+	return v.Supported()
+}
+
 // ChoosePostgres returns the directory of PostgreSQL's programs: of the given
-// major version, or the newest one when major is 0.
+// major version, or the newest one that pgha can run when major is 0.
 func ChoosePostgres(major int) (host.PG, error) {
 	found, err := host.PostgresBinDirs()
 	if err != nil {
 		return host.PG{}, err
 	}
+	return choosePostgres(found, major)
+}
+
+// choosePostgres chooses among the installed ones, which stand newest first.
+func choosePostgres(found []host.PG, major int) (host.PG, error) {
+	var unfit error
 	for _, pg := range found {
-		if major == 0 || pg.Major == major {
+		if major != 0 && pg.Major != major {
+			continue
+		}
+		err := patroni.SupportedPostgres(pg.Major)
+		if err == nil {
 			return pg, nil
 		}
+		unfit = err
 	}
-	if major == 0 {
+	switch {
+	case unfit != nil:
+		return host.PG{}, unfit
+	case major == 0:
 		return host.PG{}, errors.New("no PostgreSQL is installed: install postgresql")
 	}
-	return host.PG{}, fmt.Errorf("PostgreSQL %d is not installed here, and the cluster runs it: install postgresql-%d", major, major)
+	return host.PG{}, fmt.Errorf("PostgreSQL %d is needed and not installed here: install postgresql-%d", major, major)
 }
 
 // DefaultDataDir is where a node keeps PostgreSQL's data.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -108,14 +109,15 @@ func (n *Node) report(ctx context.Context) Report {
 			r.Problems = append(r.Problems, fmt.Sprintf("%s does not stay up: %s", st.Name, st.Reason))
 		}
 	}
-	r.Postgres = n.postgresReport(ctx)
+	r.Postgres = n.postgresReport(ctx, n.cfg.Address, n.cfg.Ports.Patroni)
 	return r
 }
 
-func (n *Node) postgresReport(ctx context.Context) PostgresReport {
+// postgresReport asks the Patroni at an address.
+func (n *Node) postgresReport(ctx context.Context, addr netip.Addr, port uint16) PostgresReport {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	st, err := n.restClient(n.snapshot(), n.cfg.Address, n.cfg.Ports.Patroni).Status(ctx)
+	st, err := n.restClient(n.snapshot(), addr, port).Status(ctx)
 	if err != nil {
 		return PostgresReport{State: "patroni does not answer"}
 	}
@@ -174,7 +176,7 @@ func (n *Node) status(ctx context.Context) Status {
 			o.viewed = !st.HasLeader || time.Since(w.ViewedAt) < staleView
 		}
 	}
-	o.leader = leaderOf(w.View, reports)
+	o.leader, o.silent = n.primary(ctx, w, reports)
 	for _, m := range w.Members {
 		o.members = append(o.members, memberStatus(m, w.View, etcd, o.leader, reports))
 	}
@@ -204,6 +206,22 @@ func leaderOf(v patroni.ClusterView, reports map[string]Report) string {
 	return v.Leader
 }
 
+// primary returns the primary that serves, or the holder of the leader key that
+// answers nothing. PostgreSQL outlives pgha: a primary whose pgha is silent is
+// asked through its Patroni.
+func (n *Node) primary(ctx context.Context, w world, reports map[string]Report) (leader, silent string) {
+	leader = leaderOf(w.View, reports)
+	if _, answered := reports[leader]; answered {
+		return leader, ""
+	}
+	for _, m := range w.Members {
+		if m.Name == leader && n.postgresReport(ctx, m.Addr, m.Ports.Patroni).Role != pgPrimary {
+			return "", leader
+		}
+	}
+	return leader, ""
+}
+
 func memberStatus(m cluster.Member, v patroni.ClusterView, etcd embedded.Status, leader string, reports map[string]Report) MemberStatus {
 	s := MemberStatus{Name: m.Name, Role: m.Role, Addr: m.Addr, Version: m.Version, Etcd: etcdNone, LagBytes: -1}
 	for _, e := range etcd.Members {
@@ -225,6 +243,9 @@ func memberStatus(m cluster.Member, v patroni.ClusterView, etcd embedded.Status,
 	r, ok := reports[m.Name]
 	if !ok {
 		s.State = ""
+		if m.Name == leader { // its Patroni has said so
+			s.Postgres = pgPrimary
+		}
 		if m.State == cluster.StateJoining {
 			s.Waiting = "it has not finished joining"
 		}

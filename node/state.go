@@ -1,11 +1,15 @@
 package node
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"pgha/cluster"
 	"pgha/internal/fsx"
@@ -71,6 +75,42 @@ func LoadState(p Paths) (State, error) {
 
 // Save writes the state durably.
 func (s State) Save(p Paths) error { return fsx.WriteJSON(p.State(), s, 0o600) }
+
+// lockWait is how often a lock is tried again, every 50 ms: a daemon that was
+// killed while it forked has its lock held by the fork for a moment.
+const lockWait = 20
+
+// lockDaemon makes sure that no other daemon runs with these paths: a second
+// one would take the socket and the children away from the first. The lock ends
+// with the process.
+func lockDaemon(p Paths) (unlock func(), err error) {
+	f, err := os.OpenFile(p.lock(), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open lock file: %w", err)
+	}
+	for try := 0; ; try++ {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil || !errors.Is(err, unix.EWOULDBLOCK) || try == lockWait {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		pid, _ := io.ReadAll(io.LimitReader(f, 20)) // for the message alone
+		err = fmt.Errorf("pgha runs on this host already (pid %s): see pgha status", bytes.TrimSpace(pid))
+	}
+	if err == nil {
+		err = errors.Join(f.Truncate(0), writeAt0(f, fmt.Sprintln(os.Getpid())))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() { _ = f.Close() }, nil // which gives the lock back
+}
+
+func writeAt0(f *os.File, text string) error {
+	_, err := f.WriteAt([]byte(text), 0)
+	return err
+}
 
 // makeDirs creates the node's directories with the modes that let each
 // child reach its own files and nobody else anything.

@@ -22,6 +22,7 @@ const (
 	Unknown  Health = 3 // this node cannot tell
 )
 
+// String names the condition.
 func (h Health) String() string {
 	return [...]string{"healthy", "degraded", "no leader", "unknown"}[h]
 }
@@ -105,6 +106,7 @@ type observation struct {
 	quorum   bool // this node's etcd member has a leader
 	viewed   bool // Patroni's keys could be read
 	leader   string
+	silent   string // holds Patroni's leader key, but neither its pgha nor its Patroni answers this node
 	async    bool
 	paused   bool
 	maxLag   int64 // bytes; a replica further behind is not promoted in async mode
@@ -132,21 +134,31 @@ func assess(o observation) verdict {
 			}
 		}
 	}
+	if !o.viewed && voters > 0 && answering < voters/2+1 {
+		// A learner never stands for election, and so never notices that its
+		// leader is gone.
+		o.viewed, o.quorum = true, false
+	}
 	switch {
 	case !o.viewed:
 		v.health = Unknown
 		v.text = "this node cannot read the cluster's state"
-		v.todo = []string{"wait for this node to start, or ask another one: pgha status"}
+		v.todo = append(slices.Clone(o.problems), "wait for this node to start, or ask another one: pgha status")
 		return v
 	case !o.quorum:
 		v.health = NoLeader
 		v.text = fmt.Sprintf("etcd has no quorum: %d of %d voters answer, so nobody may write", answering, voters)
 		v.todo = []string{"start the voters that are down: " + strings.Join(unreachable(o.members, MemberStatus.voter), ", ")}
 		return v
+	case o.silent != "":
+		v.health = NoLeader
+		v.text = fmt.Sprintf("the primary %s does not answer: nobody can write through this node", o.silent)
+		v.todo = silentToDo(o)
+		return v
 	case o.leader == "":
 		v.health = NoLeader
 		v.text = "there is no primary: nobody can write"
-		v.todo = []string{"see why no replica is promoted: pgha logs patroni on each data node"}
+		v.todo = []string{"wait: a replica is promoted by itself; if none is within a minute, see why: pgha logs patroni on each data node"}
 		return v
 	}
 	gaps := uncovered(o, voters)
@@ -166,6 +178,18 @@ func assess(o observation) verdict {
 	return v
 }
 
+// silentToDo tells a dead primary, whose lease has to run out, from a cut link.
+func silentToDo(o observation) []string {
+	successor := fmt.Sprintf("if %s is down, wait: a replica takes over by itself when its lease has run out", o.silent)
+	if why := noSuccessor(o); why != "" {
+		successor = fmt.Sprintf("no replica can take over: %s", why)
+	}
+	return []string{
+		successor,
+		fmt.Sprintf("bring back %s; if another node's pgha status still shows it, mend the link between it and this node", o.silent),
+	}
+}
+
 // uncovered lists the single losses that would stop writes, each with its reason.
 func uncovered(o observation, voters int) []string {
 	var gaps []string
@@ -178,7 +202,7 @@ func uncovered(o observation, voters int) []string {
 		}
 		if left < voters/2+1 {
 			why := "etcd would lose its quorum"
-			if voters == 1 {
+			if voters == 1 && lost.voter() {
 				why = "it is the only etcd voter"
 			}
 			gaps = append(gaps, fmt.Sprintf("the loss of %s is not covered: %s", lost.Name, why))
@@ -198,7 +222,7 @@ func uncovered(o observation, voters int) []string {
 func noSuccessor(o observation) string {
 	var why []string
 	for _, m := range o.members {
-		if m.Role != cluster.RoleData || m.Name == o.leader {
+		if m.Role != cluster.RoleData || m.Name == o.leader || m.Name == o.silent {
 			continue
 		}
 		switch {

@@ -28,9 +28,25 @@ func TestAssess(t *testing.T) {
 	}{
 		{"all is well", func(o *observation) {}, Healthy, true, "survivable now", "", true},
 		{"the state cannot be read", func(o *observation) { o.viewed = false }, Unknown, false, "cannot read", "another", true},
+		{"etcd is of no use here", func(o *observation) { o.viewed = false; o.problems = []string{"etcd: its data is damaged"} },
+			Unknown, false, "cannot read", "its data is damaged", true},
 		{"no quorum", func(o *observation) { o.quorum = false; o.members[1].Reachable = false; o.members[2].Reachable = false },
 			NoLeader, false, "1 of 3 voters", "n2, w", false},
+		{"the only voter is lost, as a learner sees it", func(o *observation) {
+			o.viewed = false
+			o.members = o.members[:2]
+			o.members[0].Reachable, o.members[1].Etcd = false, etcdLearner
+		}, NoLeader, false, "0 of 1 voters", "are down: n1", true},
 		{"no primary", func(o *observation) { o.leader = ""; o.members[0].Postgres = "" }, NoLeader, false, "no primary", "logs patroni", false},
+		{"primary silent", func(o *observation) {
+			o.leader, o.silent = "", "n1"
+			o.members[0].Reachable, o.members[0].Postgres = false, ""
+		},
+			NoLeader, false, "n1 does not answer", "when its lease has run out", false},
+		{"primary silent, replica behind", func(o *observation) {
+			o.leader, o.silent = "", "n1"
+			o.members[0].Reachable, o.members[0].Postgres, o.members[1].Sync = false, "", false
+		}, NoLeader, false, "n1 does not answer", "no replica can take over: n2 is not in sync yet", false},
 		{"replica lost", func(o *observation) { o.members[1].Reachable = false }, Degraded, false, "n1 is not covered: etcd would lose", "bring back n2", false},
 		{"witness lost", func(o *observation) { o.members[2].Reachable = false }, Degraded, false, "n2 is not covered: etcd would lose", "bring back w", true},
 		{"replica stopped", func(o *observation) { o.members[1].Postgres = ""; o.members[1].State = "stopped" },

@@ -106,6 +106,15 @@ type Config struct {
 
 var namePattern = regexp.MustCompile(`^[a-z0-9](?:[a-z0-9_.-]{0,61}[a-z0-9])?$`)
 
+// SupportedPostgres returns an error when pgha cannot run this major version of
+// PostgreSQL.
+func SupportedPostgres(major int) error {
+	if major < oldestPostgres || major > newestPostgres {
+		return fmt.Errorf("PostgreSQL %d is not supported: install %d to %d", major, oldestPostgres, newestPostgres)
+	}
+	return nil
+}
+
 func (c Config) validate() error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -113,8 +122,8 @@ func (c Config) validate() error {
 	if err := c.Version.Supported(); err != nil {
 		errs = append(errs, err)
 	}
-	if c.PGMajor < oldestPostgres || c.PGMajor > newestPostgres {
-		bad("PostgreSQL %d is not supported: install %d to %d", c.PGMajor, oldestPostgres, newestPostgres)
+	if err := SupportedPostgres(c.PGMajor); err != nil {
+		errs = append(errs, err)
 	}
 	for what, name := range map[string]string{"scope": c.Scope, "name": c.Name} {
 		if !namePattern.MatchString(name) {

@@ -196,6 +196,9 @@ func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths
 	}
 	missing := node.MissingPackages(cfg.Role)
 	if err := confirm(c.Bool("yes"), plan(cfg, missing)); err != nil {
+		if len(missing) > 0 {
+			err = fmt.Errorf("%s must be installed: %w", packageNames(missing), err)
+		}
 		return undo, err
 	}
 	if len(missing) > 0 {
@@ -207,7 +210,7 @@ func prepareHost(c *cli.Context, p *progress, cfg *node.Config, paths node.Paths
 	if undo, err = quiesce(c.Context, p, paths, cfg.Role); err != nil {
 		return undo, err
 	}
-	if err := checkHost(cfg, paths, adopt, major, again); err != nil {
+	if err := checkHost(c.Context, cfg, paths, adopt, major, again); err != nil {
 		return undo, errors.Join(err, undo())
 	}
 	return undo, nil
@@ -267,14 +270,18 @@ func quiesce(ctx context.Context, p *progress, paths node.Paths, role cluster.No
 		return undo, errors.Join(err, undo())
 	}
 	for _, ch := range changes {
-		p.say("stopped and disabled %s", ch.Unit)
+		if ch.WasActive {
+			p.say("stopped and disabled %s", ch.Unit)
+		} else {
+			p.say("disabled %s", ch.Unit)
+		}
 	}
 	return undo, nil
 }
 
 // checkHost looks for everything that would keep the node from starting. major
 // is the version of PostgreSQL that the cluster runs, 0 if there is none yet.
-func checkHost(cfg *node.Config, paths node.Paths, adopt string, major int, again bool) error {
+func checkHost(ctx context.Context, cfg *node.Config, paths node.Paths, adopt string, major int, again bool) error {
 	if cfg.Role == cluster.RoleData {
 		if adopt != "" {
 			info, err := node.CheckAdoptable(adopt)
@@ -282,6 +289,9 @@ func checkHost(cfg *node.Config, paths node.Paths, adopt string, major int, agai
 				return err
 			}
 			major = info.Major
+		}
+		if err := node.CheckPatroni(ctx); err != nil {
+			return err
 		}
 		pg, err := node.ChoosePostgres(major)
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -65,6 +66,9 @@ func newApp() *cli.App {
 		Suggest:              true,
 		// main prints errors, once.
 		ExitErrHandler: func(*cli.Context, error) {},
+		OnUsageError: func(_ *cli.Context, err error, _ bool) error {
+			return fmt.Errorf("%w: see pgha help", err)
+		},
 		Commands: []*cli.Command{
 			initCommand(), joinCommand(), statusCommand(), tokenCommand(), psqlCommand(), logsCommand(),
 			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(),
@@ -85,14 +89,24 @@ func newApp() *cli.App {
 // plainUsageErrors has a wrong flag answered by one line instead of the help.
 func plainUsageErrors(c *cli.Command) {
 	c.OnUsageError = func(ctx *cli.Context, err error, _ bool) error {
-		err = fmt.Errorf("%w: see pgha %s --help", err, ctx.Command.FullName())
+		err = fmt.Errorf("%w: see %s --help", err, ctx.Command.HelpName)
 		if ctx.Command.Name == "status" {
 			return cannotTell(err)
 		}
 		return err
 	}
+	var names []string
 	for _, sub := range c.Subcommands {
 		plainUsageErrors(sub)
+		names = append(names, sub.Name)
+	}
+	if c.Action == nil { // it only groups others
+		c.Action = func(ctx *cli.Context) error {
+			if ctx.Args().Present() {
+				return fmt.Errorf("no command %q: use %s with one of %s", ctx.Args().First(), ctx.Command.HelpName, strings.Join(names, ", "))
+			}
+			return cli.ShowSubcommandHelp(ctx)
+		}
 	}
 }
 
@@ -102,7 +116,7 @@ var yesFlag = &cli.BoolFlag{Name: "yes", Aliases: []string{"y"}, Usage: "do not 
 // noArgs refuses arguments that a command would ignore.
 func noArgs(c *cli.Context) error {
 	if c.Args().Present() {
-		return fmt.Errorf("%s takes no argument, but was given %q", c.Command.FullName(), c.Args().First())
+		return fmt.Errorf("%s takes no argument, but was given %q", strings.TrimPrefix(c.Command.HelpName, "pgha "), c.Args().First())
 	}
 	return nil
 }

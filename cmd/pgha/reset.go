@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -58,12 +59,13 @@ func runReset(c *cli.Context) error {
 	}
 	steps := node.ResetSteps(paths, aside)
 	if systemd.Available() {
-		steps = append([]node.Step{
-			{Name: "stop and remove pgha.service", Run: systemd.Uninstall},
-			{Name: "put the distribution's services back", Run: func(ctx context.Context) error {
+		steps = append([]node.Step{{Name: "stop and remove pgha.service", Run: systemd.Uninstall}}, steps...)
+		// They need the ports that what is stopped holds, and the record of them
+		// is moved aside in the last step.
+		steps = slices.Insert(steps, len(steps)-1, node.Step{
+			Name: "put the distribution's services back", Run: func(ctx context.Context) error {
 				return errors.Join(systemd.Restore(ctx, paths.Units()), host.RemoveDropIn())
-			}},
-		}, steps...)
+			}})
 	}
 	// Every step is tried, whatever the others do: half a reset is worst.
 	var errs []error

@@ -148,6 +148,8 @@ func stateText(m node.MemberStatus) string {
 	switch {
 	case !m.Reachable && m.Waiting != "":
 		return "joining"
+	case !m.Reachable && m.Postgres != "":
+		return "PGHA DOWN"
 	case !m.Reachable:
 		return "UNREACHABLE"
 	case m.Role == cluster.RoleWitness:

@@ -39,6 +39,10 @@ func createToken(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
+	// In the request 0 stands for the default.
+	if c.Duration("ttl") <= 0 || c.Int("uses") <= 0 {
+		return errors.New("--ttl and --uses must be more than nothing: leave them out for a day and one node")
+	}
 	req := node.TokenRequest{Role: cluster.RoleData, Name: c.String("name"), TTL: c.Duration("ttl"), Uses: c.Int("uses")}
 	join := "pgha join "
 	if c.Bool("witness") {

@@ -69,6 +69,14 @@ func (p *progress) say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "  %5.1fs  %s\n", time.Since(p.start).Seconds(), text)
 }
 
+// waitingText says what is waited for; the daemon's own texts may begin so.
+func waitingText(what string) string {
+	if strings.HasPrefix(what, "waiting ") {
+		return what
+	}
+	return "waiting: " + what
+}
+
 // waitStatus asks the local daemon until done says so. What it waits for is
 // shown; when time runs out the error says what was still missing.
 func waitStatus(ctx context.Context, p *progress, paths node.Paths, limit time.Duration, done func(node.Status) (bool, string)) (node.Status, error) {
@@ -88,7 +96,7 @@ func waitStatus(ctx context.Context, p *progress, paths node.Paths, limit time.D
 		case !errors.Is(err, node.ErrNotRunning) && ctx.Err() == nil:
 			missing = err.Error()
 		}
-		p.say("waiting: %s", missing)
+		p.say("%s", waitingText(missing))
 		select {
 		case <-ctx.Done():
 			if errors.Is(ctx.Err(), context.DeadlineExceeded) {

@@ -240,10 +240,14 @@ func (e edge) running(host string, names ...string) []lab.Proc {
 	procs, err := e.bed.Host(host).Processes()
 	e.must(err)
 	return slices.DeleteFunc(procs, func(p lab.Proc) bool {
-		// A script's name comes after its interpreter's.
-		return !slices.ContainsFunc(p.Cmdline[:min(2, len(p.Cmdline))], func(arg string) bool {
-			return slices.Contains(names, filepath.Base(arg))
-		})
+		program := ""
+		if len(p.Cmdline) > 0 {
+			program = filepath.Base(p.Cmdline[0])
+		}
+		if slices.ContainsFunc(p.Cmdline, func(arg string) bool { return filepath.Base(arg) == "patroni.yml" }) {
+			program = "patroni" // by itself, or in its launcher
+		}
+		return !slices.Contains(names, strings.TrimSuffix(program, ":"))
 	})
 }
 

@@ -25,9 +25,9 @@ import (
 	"pgha/node"
 )
 
-// patience bounds a wait for something that takes seconds on a machine that
+// trioWait bounds a wait for something that takes seconds on a machine that
 // has nothing else to do.
-const patience = 4 * time.Minute
+const trioWait = 4 * time.Minute
 
 var trioHosts = []string{"n1", "n2", "witness"}
 
@@ -54,7 +54,7 @@ func (c *trio) healthy(t *testing.T) node.Status {
 	t.Helper()
 	var first node.Status
 	for i, h := range trioHosts {
-		s, err := c.WaitHealthy(within(t, patience), h)
+		s, err := c.WaitHealthy(within(t, trioWait), h)
 		if err != nil {
 			t.Fatalf("the cluster is not healthy, asked %s: %v", h, err)
 		}
@@ -71,15 +71,15 @@ func (c *trio) healthy(t *testing.T) node.Status {
 // await asks host until ok accepts the status.
 func (c *trio) await(t *testing.T, host, what string, ok func(node.Status) bool) node.Status {
 	t.Helper()
-	s, err := c.WaitStatus(within(t, patience), host, what, ok)
+	s, err := c.WaitStatus(within(t, trioWait), host, what, ok)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-// member returns a member's entry.
-func member(t *testing.T, s node.Status, name string) node.MemberStatus {
+// trioMember returns a member's entry.
+func trioMember(t *testing.T, s node.Status, name string) node.MemberStatus {
 	t.Helper()
 	i := slices.IndexFunc(s.Members, func(m node.MemberStatus) bool { return m.Name == name })
 	if i < 0 {
@@ -127,7 +127,7 @@ func (c *trio) writer(t *testing.T, hosts ...string) *testbed.Writer {
 // goesOn waits for a commit that is sent from now on.
 func (c *trio) goesOn(t *testing.T, w *testbed.Writer) {
 	t.Helper()
-	if _, err := w.WaitAck(within(t, patience)); err != nil {
+	if _, err := w.WaitAck(within(t, trioWait)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -157,7 +157,7 @@ func (c *trio) nothingLost(t *testing.T) {
 	for _, k := range c.tookAll {
 		all = append(all, testbed.Write{ID: k.id, Via: k.host, Sent: k.sent, At: k.at})
 	}
-	lost, err := c.Lost(within(t, patience), "n1", all)
+	lost, err := c.Lost(within(t, trioWait), "n1", all)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,7 @@ func (c *trio) connect(t *testing.T, host string, port uint16, change func(*pgx.
 	if change != nil {
 		change(cfg)
 	}
-	conn, err := pgx.ConnectConfig(within(t, patience), cfg)
+	conn, err := pgx.ConnectConfig(within(t, trioWait), cfg)
 	if err == nil {
 		t.Cleanup(func() { _ = conn.Close(context.Background()) }) // its host may be off by then
 	}
@@ -214,7 +214,7 @@ func (c *trio) report(ctx context.Context, host string) (node.Report, error) {
 func (c *trio) child(t *testing.T, host, name, what string, ok func(node.ChildReport) bool) node.ChildReport {
 	t.Helper()
 	var found node.ChildReport
-	err := testbed.Until(within(t, patience), name+" on "+host+" "+what, func() error {
+	err := testbed.Until(within(t, trioWait), name+" on "+host+" "+what, func() error {
 		r, err := c.report(t.Context(), host)
 		if err != nil {
 			return err
@@ -234,16 +234,16 @@ func (c *trio) child(t *testing.T, host, name, what string, ok func(node.ChildRe
 	return found
 }
 
-// pids are the process ids, on its own host, of what runs on a data node.
-type pids struct {
+// trioPIDs are the process ids, on its own host, of what runs on a data node.
+type trioPIDs struct {
 	Patroni, Postmaster, HAProxy int
 	Workers                      []int // of HAProxy
 }
 
-func (c *trio) pids(t *testing.T, host string) pids {
+func (c *trio) pids(t *testing.T, host string) trioPIDs {
 	t.Helper()
 	alive := func(node.ChildReport) bool { return true }
-	p := pids{
+	p := trioPIDs{
 		Patroni: c.child(t, host, "patroni", "to run", alive).PID,
 		HAProxy: c.child(t, host, "haproxy", "to run", alive).PID,
 	}
@@ -455,10 +455,10 @@ func (r *recorder) reigns(t *testing.T) []turn {
 	return order
 }
 
-// dialer connects from some place of the lab.
-type dialer func(ctx context.Context, network, addr string) (net.Conn, error)
+// trioDial connects from some place of the lab.
+type trioDial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 // httpsFrom returns a client that dials from there with this configuration.
-func httpsFrom(dial dialer, cfg *tls.Config) *http.Client {
+func httpsFrom(dial trioDial, cfg *tls.Config) *http.Client {
 	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{DialContext: dial, TLSClientConfig: cfg, DisableKeepAlives: true}}
 }

@@ -126,7 +126,7 @@ func children(ctx context.Context, t *testing.T, m *machine.Machine) map[string]
 	found := map[string][]string{}
 	for _, p := range processes(ctx, t, m) {
 		for name, part := range map[string]string{
-			"patroni": "/usr/bin/patroni ", "postgres": "/bin/postgres -D ", "haproxy": "/usr/sbin/haproxy ",
+			"patroni": "/patroni/patroni.yml", "postgres": "/bin/postgres -D ", "haproxy": "/usr/sbin/haproxy ",
 		} {
 			if strings.Contains(p.args, part) {
 				found[name] = append(found[name], p.pid)
