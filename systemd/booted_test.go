@@ -184,7 +184,7 @@ func insideUnit(ctx context.Context, t *testing.T) {
 	if first.ActiveState != "active" || first.SubState != "running" || first.MainPID == 0 || first.Result != "success" {
 		t.Errorf("after Start: %+v", first)
 	}
-	eventually(t, "the status text", func() bool { return state().StatusText == "watchdog every 10s" })
+	eventually(t, "the status text", func() bool { return state().StatusText == "watchdog every 5s" })
 	for _, dir := range []string{"/run/pgha", "/var/lib/pgha"} {
 		if _, err := os.Stat(dir); err != nil {
 			t.Error(err)

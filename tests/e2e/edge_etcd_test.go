@@ -12,6 +12,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
 	"pgha/lab"
@@ -36,6 +37,7 @@ func edgeDialEtcd(h *lab.Host) (*clientv3.Client, error) {
 	const addr = "127.0.0.1:2379" // etcd serves nobody else
 	return clientv3.New(clientv3.Config{
 		Endpoints:   []string{"https://" + addr},
+		Logger:      zap.NewNop(),
 		DialTimeout: 10 * time.Second,
 		TLS:         &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool, ServerName: h.Addr().String(), MinVersion: tls.VersionTLS13},
 		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {

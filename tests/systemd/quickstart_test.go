@@ -252,7 +252,7 @@ func (j *journey) unit(t *testing.T) {
 		got := map[string]string{}
 		want := map[string]string{
 			"Type": "notify", "KillMode": "process", "Restart": "always", "ActiveState": "active", "SubState": "running",
-			"UnitFileState": "enabled", "WatchdogUSec": "10s", "StatusText": "running", "NRestarts": "0", "Result": "success",
+			"UnitFileState": "enabled", "WatchdogUSec": "5s", "StatusText": "running", "NRestarts": "0", "Result": "success",
 		}
 		for property := range want {
 			got[property] = show(ctx, t, m, property)

@@ -26,7 +26,7 @@ func TestServicesOfTheDistribution(t *testing.T) {
 	must(ctx, t, m, "systemctl", "disable", "haproxy") // it runs all the same
 	mine := func(sql string) string {
 		t.Helper()
-		return must(ctx, t, m, "su", "postgres", "-c", `psql -XAt -p 5432 -c "`+sql+`"`)
+		return must(ctx, t, m, "su", "postgres", "-c", `cd / && psql -XAt -p 5432 -c "`+sql+`"`)
 	}
 	mine("CREATE TABLE mine AS SELECT 42 AS n")
 	before := services(ctx, t, m)
