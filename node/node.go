@@ -260,7 +260,7 @@ func (n *Node) stop(asked bool) error {
 		if err := systemd.NotifyStopping(); err != nil {
 			n.log.Warn("cannot tell systemd", "err", err)
 		}
-		n.log.Info("stopping the node", "why", why)
+		n.log.Info("stopping the node", "why", why.String())
 		err = n.stopChildren()
 	}
 	if s := n.etcd.Swap(nil); s != nil {

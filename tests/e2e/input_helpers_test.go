@@ -99,8 +99,11 @@ func inputRun(t *testing.T, h *lab.Host, user string, args ...string) (out, errs
 	return stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()
 }
 
-// inputLive are what changes all the time while a node runs.
-var inputLive = []string{"/var/lib/pgha/etcd", "/var/lib/pgha/postgres"}
+// changesAnyway tells what changes all the time while a node runs: its data,
+// and how far its children's logs have been read.
+func changesAnyway(path string) bool {
+	return path == "/var/lib/pgha/etcd" || path == "/var/lib/pgha/postgres" || filepath.Ext(path) == ".tail"
+}
 
 // inputDisk is everything of a host that bad input must leave alone: files with
 // their modes and contents, the firewall and the processes.
@@ -114,7 +117,8 @@ func inputDisk(t *testing.T, h *lab.Host) map[string]string {
 	for _, p := range procs {
 		names = append(names, p.Comm)
 	}
-	live := slices.Contains(names, "pgha")
+	program := filepath.Base(bin)
+	live := slices.Contains(names, program[:min(len(program), 15)]) // as the kernel cuts it
 	all := map[string]string{}
 	if !live { // a running node's come and go
 		slices.Sort(names)
@@ -126,7 +130,7 @@ func inputDisk(t *testing.T, h *lab.Host) map[string]string {
 	}
 	all["firewall"] = rules
 	for _, dir := range []string{"/etc/pgha", "/var/lib/pgha", "/run/pgha"} {
-		inputTree(t, h, dir, all, func(path string) bool { return live && slices.Contains(inputLive, path) })
+		inputTree(t, h, dir, all, func(path string) bool { return live && changesAnyway(path) })
 	}
 	return all
 }
@@ -143,8 +147,11 @@ func inputTree(t *testing.T, h *lab.Host, dir string, all map[string]string, ski
 			return err
 		}
 		name := strings.TrimPrefix(path, strings.TrimSuffix(root, "/"))
-		if skip(name) {
+		switch {
+		case skip(name) && d.IsDir():
 			return filepath.SkipDir
+		case skip(name):
+			return nil
 		}
 		info, err := d.Info()
 		if err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"pgha/cluster"
 	"pgha/lab"
 	"pgha/lab/testbed"
 	"pgha/node"
@@ -95,6 +96,19 @@ func newInputClusters(t *testing.T) *inputClusters {
 			t.Error(err)
 		}
 	})
+	// The last that a join writes comes after its command's end.
+	err = testbed.Until(ctx, "the witness to be a full member", func() error {
+		members, _, err := cluster.NewStore(c.etcd, c.mine.ClusterID).Members(ctx)
+		for _, m := range members {
+			if m.State != cluster.StateMember {
+				err = errors.Join(err, fmt.Errorf("%s is %s", m.Name, m.State))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	return c
 }
 
@@ -103,10 +117,10 @@ func (c *inputClusters) join(more ...string) []string {
 	return append([]string{"join", "--no-service", "--yes", "--name", "x1", "--address", c.bed.Addr("x1")}, more...)
 }
 
-// ask runs a command that has to succeed and decodes what it prints.
+// ask runs a command that has to succeed and decodes the JSON that it prints.
 func (c *inputClusters) ask(t *testing.T, v any, host string, args ...string) {
 	t.Helper()
-	out, errs, code := inputRun(t, c.bed.Host(host), "", append(args, "--json")...)
+	out, errs, code := inputRun(t, c.bed.Host(host), "", args...)
 	if code != 0 {
 		t.Fatalf("pgha %v on %s: exit status %d: %s", args, host, code, errs)
 	}
@@ -118,7 +132,7 @@ func (c *inputClusters) ask(t *testing.T, v any, host string, args ...string) {
 func (c *inputClusters) token(t *testing.T, host string, args ...string) string {
 	t.Helper()
 	var a node.TokenAnswer
-	c.ask(t, &a, host, append([]string{"token", "create"}, args...)...)
+	c.ask(t, &a, host, append([]string{"token", "create", "--json"}, args...)...)
 	return a.Token
 }
 
@@ -131,7 +145,7 @@ type inputToken struct {
 
 func (c *inputClusters) tokens(t *testing.T) (list []inputToken) {
 	t.Helper()
-	c.ask(t, &list, "n1", "token", "list")
+	c.ask(t, &list, "n1", "token", "list", "--json")
 	return list
 }
 
@@ -149,8 +163,8 @@ func (c *inputClusters) badJoins(t *testing.T) {
 	data, used := c.mine.Data.Token, c.mine.Witness.Token
 	free := c.token(t, "n1", "--witness", "--uses", "20")
 	var revoked node.TokenAnswer
-	c.ask(t, &revoked, "n1", "token", "create", "--witness")
-	c.ask(t, &struct{}{}, "n1", "token", "revoke", revoked.ID)
+	c.ask(t, &revoked, "n1", "token", "create", "--json", "--witness")
+	c.ask(t, &struct{}{}, "n1", "token", "revoke", "--json", revoked.ID)
 	preparing := fmt.Sprintf(`{"cluster_id":%q,"cluster_name":"other","node":"x1","role":"witness","phase":"preparing"}`, c.his.ClusterID)
 	file := filepath.Join(c.bed.Host("x1").Dir(), "token")
 	if err := os.WriteFile(file, []byte(data[:len(data)-1]+"\n"), 0o600); err != nil {
@@ -307,7 +321,9 @@ func (c *inputClusters) foreignEtcd(t *testing.T) {
 		if err := c.bed.Run(within(t, inputWait), "o1"); err != nil {
 			t.Fatal(err)
 		}
-		both := func(s string) bool { return strings.Contains(s, c.mine.ClusterID) && strings.Contains(s, c.his.ClusterID) }
+		both := func(s string) bool {
+			return strings.Contains(s, c.mine.ClusterID) && strings.Contains(s, c.his.ClusterID)
+		}
 		_, err := c.bed.WaitStatus(within(t, inputWait), "o1", "the refusal of the data", func(s node.Status) bool {
 			return both(strings.Join(s.Problems, "\n"))
 		})

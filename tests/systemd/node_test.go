@@ -164,10 +164,12 @@ type stops struct{ clean, crashed int }
 
 func postgresStops(ctx context.Context, t *testing.T, m *machine.Machine) stops {
 	t.Helper()
-	log := must(ctx, t, m, "sh", "-c", "cat /var/log/pgha/postgres/*")
+	log := must(ctx, t, m, "sh", "-c", "cat /var/log/pgha/postgres/* /var/log/pgha/patroni.log*")
 	return stops{
 		clean: strings.Count(log, "database system is shut down"),
 		crashed: strings.Count(log, "database system was not properly shut down") +
-			strings.Count(log, "database system was interrupted"),
+			strings.Count(log, "database system was interrupted") +
+			// A former primary is recovered by Patroni, past PostgreSQL's log.
+			strings.Count(log, "doing crash recovery in a single user mode"),
 	}
 }
