@@ -52,10 +52,6 @@ type Config struct {
 	// Certificate and key are read again at each handshake, so a renewed leaf
 	// needs no restart; a new CAFile does. The three may be one file.
 	CertFile, KeyFile, CAFile string
-	// ClientCNs, when set, are the only certificate common names that may use
-	// the client port. This member's own must be among them: its HTTP gateway
-	// dials the port with it.
-	ClientCNs []string
 
 	Token          string            // initial cluster token: the cluster's UUID
 	InitialCluster map[string]string // name -> peer URL of members to ask; only used without data
@@ -193,7 +189,6 @@ func (c Config) embedConfig(state string, cluster map[string]string, opts ...grp
 	// Clients are known by their certificate; the address they come from (the
 	// loopback, a virtual address) need not be in it. Peers' must.
 	ec.ClientTLSInfo.SkipClientSANVerify = true
-	ec.ClientTLSInfo.AllowedCNs = c.ClientCNs
 	ec.TlsMinVersion = tlsMinVersion
 
 	pairs := make([]string, 0, len(cluster))

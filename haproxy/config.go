@@ -177,7 +177,10 @@ func Render(c Config) ([]byte, error) {
 	if err := c.validate(); err != nil {
 		return nil, fmt.Errorf("render HAProxy's configuration: %w", err)
 	}
-	type backend struct{ Name, Check string }
+	type backend struct {
+		Name, Check string
+		CutWhenDown bool
+	}
 	data := struct {
 		Config
 		T         timers
@@ -185,7 +188,14 @@ func Render(c Config) ([]byte, error) {
 		Backends  []backend
 	}{
 		Config: c, T: c.timers(), StatsHash: statusHash(c.StatsUser, c.StatsPassword),
-		Backends: []backend{{BackendReadWrite, "/primary"}, {BackendReadOnly, "/replica"}},
+		Backends: []backend{
+			// A Patroni that is being restarted, or hangs, fails its checks while
+			// PostgreSQL serves on: only Runtime.ShutdownSessions ends sessions to a
+			// primary, when another has taken over. A primary that is demoted ends
+			// them itself, and the keepalives find one that is gone.
+			{Name: BackendReadWrite, Check: "/primary"},
+			{Name: BackendReadOnly, Check: "/replica", CutWhenDown: true},
+		},
 	}
 	t, err := template.New("haproxy.cfg.tmpl").Funcs(template.FuncMap{
 		"bind": c.bind,

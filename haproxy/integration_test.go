@@ -62,9 +62,7 @@ func TestRoutingFollowsPatroni(t *testing.T) {
 	// Nobody is primary.
 	n1.role.Store(roleNone)
 	p.waitStatus(t, map[string]bool{"be_rw/n1": false, "be_rw/n2": false})
-	if err := rw.echo(); err == nil {
-		t.Error("a session to a primary that is down lives on")
-	}
+	must(t, rw.echo()) // it may be Patroni that is down: PostgreSQL ends its sessions itself
 	if s, err := dialPort(p.conf.Ports.ReadWrite); err == nil {
 		t.Errorf("without a primary, read-write went to %s", s.node)
 	}
@@ -76,6 +74,10 @@ func TestRoutingFollowsPatroni(t *testing.T) {
 	n2.role.Store(rolePrimary)
 	n1.role.Store(roleReplica)
 	p.waitStatus(t, map[string]bool{"be_rw/n1": false, "be_rw/n2": true, "be_ro/n1": true, "be_ro/n2": false})
+	must(t, p.runtime.ShutdownSessions(t.Context(), BackendReadWrite, "n1"))
+	if err := rw.echo(); err == nil {
+		t.Error("a session to the old primary lives on")
+	}
 	rw, ro = open(t, p.conf.Ports.ReadWrite), open(t, p.conf.Ports.ReadOnly)
 	if rw.node != "n2" || ro.node != "n1" {
 		t.Errorf("after the change, read-write went to %s, read-only to %s", rw.node, ro.node)
@@ -268,9 +270,7 @@ func TestRuntimeServers(t *testing.T) {
 		t.Errorf("a draining server gave a session to %s", s.node)
 	}
 	must(t, p.runtime.SetServerState(ctx, BackendReadWrite, "n1", StateMaint))
-	if err := s.echo(); err == nil {
-		t.Error("a session outlives maintenance")
-	}
+	must(t, s.echo())
 	must(t, p.runtime.SetServerState(ctx, BackendReadWrite, "n1", StateReady))
 	p.waitStatus(t, map[string]bool{"be_rw/n1": true})
 

@@ -150,6 +150,7 @@ func newProxy(t *testing.T, ca *testCA, dir string, uid, gid int, nodes ...*fake
 	defer out.Close()
 	p.cmd = exec.Command(bin, "-W", "-S", p.master.Socket+",mode,600", "-f", p.file)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
+	p.cmd.Dir = dir // the tests' own may be closed to its user
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, Setpgid: true}
 	must(t, p.cmd.Start())
 	t.Cleanup(func() {

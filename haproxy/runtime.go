@@ -93,7 +93,7 @@ func (r Runtime) SetServerState(ctx context.Context, backend, server string, sta
 }
 
 // SetServerHealth makes a server up or down now, as if checks had found it so.
-// The next checks may find otherwise. Down cuts its sessions.
+// The next checks may find otherwise. Down cuts the sessions of a replica.
 func (r Runtime) SetServerHealth(ctx context.Context, backend, server string, up bool) error {
 	health := "down"
 	if up {

@@ -126,7 +126,7 @@ func (n *Node) patroniSpec(path string, args []string) supervisor.Spec {
 		Before:        n.beforePatroni,
 		// Patroni that is stopped or hangs answers nothing; it is killed and
 		// started again while PostgreSQL goes on.
-		Health: n.patroniAlive, HealthEvery: 2 * time.Second, HealthTimeout: 3 * time.Second, HealthFailures: 4,
+		Health: n.patroniAlive, HealthEvery: time.Second, HealthTimeout: 3 * time.Second, HealthFailures: 3,
 	}
 }
 
@@ -351,6 +351,32 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 		}
 		return haproxy.Master{Socket: n.haproxyMaster()}.Reload(ctx)
 	}
+	return nil
+}
+
+// cutOldSessions ends the sessions to everybody but the primary, once for each
+// primary. A server that fails its checks keeps its sessions: Patroni may be
+// down while PostgreSQL is not.
+func (n *Node) cutOldSessions(ctx context.Context, w world) error {
+	leader, st := w.View.Leader, n.haproxy.Status()
+	if !w.Viewed || leader == "" || leader == n.routedTo {
+		return nil
+	}
+	if st.State != supervisor.Running || st.Health.Checked.IsZero() || st.Health.Err != "" {
+		return nil // it cannot be told yet
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for _, m := range w.Members {
+		if m.Role != cluster.RoleData || m.Name == leader {
+			continue
+		}
+		if err := n.runtime.ShutdownSessions(ctx, haproxy.BackendReadWrite, m.Name); err != nil {
+			return err
+		}
+	}
+	n.log.Info("HAProxy's sessions lead to the primary alone", "primary", leader, "before", n.routedTo)
+	n.routedTo = leader
 	return nil
 }
 

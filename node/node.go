@@ -64,6 +64,8 @@ type Node struct {
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy
 
+	routedTo string // the primary that HAProxy's sessions lead to; the reconciler's own
+
 	kick chan struct{} // wakes the reconciler
 	seen peers         // what the other members answered lately
 

@@ -65,6 +65,7 @@ func (n *Node) reconcile(ctx context.Context) {
 	}
 	n.problem("patroni configuration", n.reconcilePatroni(ctx, w))
 	n.problem("haproxy configuration", n.reconcileHAProxy(ctx, w))
+	n.problem("haproxy sessions", n.cutOldSessions(ctx, w))
 }
 
 // observe reads the world from the local etcd member. Its reads are

@@ -2,6 +2,7 @@ package patroni
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -219,6 +220,9 @@ func (n *node) waitRole(t *testing.T, role Role) NodeStatus {
 		}
 		if s.Role != role || s.State != "running" {
 			return fmt.Errorf("it is %s, %s", s.Role, s.State)
+		}
+		if s.SystemID == "" { // a new leader may be one before it has said so
+			return errors.New("it tells no system identifier")
 		}
 		return nil
 	})

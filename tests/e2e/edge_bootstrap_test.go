@@ -19,18 +19,18 @@ func TestHalfMadeBootstrap(t *testing.T) {
 	e.steps(
 		edgeStep{"PowerCutDuringInitdb", func(e edge) {
 			e.beginInit("early")
-			e.waitRunning("early", "initdb")
+			e.waitRunning("early", "initdb", "")
 			e.halfMade("early")
 			repairedAfterPowerCut(e, "early")
 		}},
 		edgeStep{"PowerCutAfterInitdb", func(e edge) {
 			e.beginInit("late")
-			e.waitRunning("late", "postgres")
+			e.waitRunning("late", "postgres", "--config_file")
 			repairedAfterPowerCut(e, "late")
 		}},
 		edgeStep{"DaemonKilledDuringInitdb", func(e edge) {
 			e.beginInit("killed")
-			e.waitRunning("killed", "initdb")
+			e.waitRunning("killed", "initdb", "")
 			e.must(e.bed.Kill("killed"))
 			if len(e.running("killed", "patroni")) != 1 {
 				e.t.Error("Patroni has not outlived the daemon")
@@ -40,7 +40,7 @@ func TestHalfMadeBootstrap(t *testing.T) {
 		}},
 		edgeStep{"DaemonKilledAndPatroniAlone", func(e edge) {
 			e.beginInit("orphan")
-			e.waitRunning("orphan", "initdb")
+			e.waitRunning("orphan", "initdb", "")
 			e.must(e.bed.Kill("orphan"))
 			// Without etcd Patroni cannot finish what it has begun.
 			e.until("Patroni to give up", func() error {

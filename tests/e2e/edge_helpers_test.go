@@ -268,12 +268,15 @@ func (e edge) quiet(host string) {
 	}
 }
 
-// waitRunning waits for a program that may not run for long.
-func (e edge) waitRunning(host, name string) {
+// waitRunning waits for a program, with an argument that begins so, that may
+// not run for long.
+func (e edge) waitRunning(host, name, arg string) {
 	e.t.Helper()
 	for ctx := e.long(); ctx.Err() == nil; {
-		if len(e.running(host, name)) > 0 {
-			return
+		for _, p := range e.running(host, name) {
+			if slices.ContainsFunc(p.Cmdline, func(a string) bool { return strings.HasPrefix(a, arg) }) {
+				return
+			}
 		}
 	}
 	e.t.Fatalf("%s was not seen to run on %s", name, host)

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"strings"
 	"syscall"
@@ -214,11 +216,18 @@ func (c *trio) leaderLost(t *testing.T) {
 	next := replicaOf(node.Status{Leader: before.leader})
 	r := c.record(t)
 	w := c.writer(t, before.leader, next)
+	idle, err := c.connect(t, next, 5432, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := c.PowerOff(before.leader); err != nil {
 		t.Fatal(err)
 	}
 	c.await(t, "witness", next+" to become the primary", func(s node.Status) bool { return s.Leader == next })
 	c.goesOn(t, w)
+	if _, err := idle.Exec(within(t, trioWait), "SELECT 1"); err == nil || t.Context().Err() != nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a session to the lost primary has not ended: %v", err)
+	}
 	s := c.await(t, next, "a degraded cluster", func(s node.Status) bool { return s.Health == node.Degraded && s.Leader == next })
 	if m := trioMember(t, s, next); m.Timeline != before.timeline+1 || s.Survives || s.Promise.Holds {
 		t.Errorf("%s took over on timeline %d after %d; %s", next, m.Timeline, before.timeline, s.Verdict)

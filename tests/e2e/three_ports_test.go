@@ -118,7 +118,7 @@ func (c *trio) doorForJoins(t *testing.T, stranger trioDial) {
 	for _, h := range []string{"n1", "n2"} {
 		err := testbed.Until(within(t, trioWait), "the API of "+h+" to close", func() error {
 			if err := tryDial(t, stranger, c.Addr(h)+":8432", 2*time.Second); !isTimeout(err) {
-				return fmt.Errorf("it is open: %v", err)
+				return fmt.Errorf("it is open: %w", orOpen(err))
 			}
 			return nil
 		})
@@ -478,4 +478,12 @@ func (c *trio) secretsOf(t *testing.T, host string) cluster.Secrets {
 		t.Fatal("the secrets are too short, or not sealed")
 	}
 	return s
+}
+
+// orOpen gives the lack of an error a name.
+func orOpen(err error) error {
+	if err == nil {
+		return errors.New("connected")
+	}
+	return err
 }
