@@ -151,10 +151,12 @@ type PlacementObservation struct {
 	MinInterval    time.Duration     // no move sooner than this after the last one
 }
 
-// DecideLeaderPlacement keeps the etcd leader off the host of PostgreSQL's
-// leader, so that losing that host costs no election: the witness for choice,
-// else the voter that is furthest. It returns the voter to move to, or 0 and
-// why the leader stays.
+// DecideLeaderPlacement keeps the etcd leader on the witness, where there is
+// one: the data nodes may lose each other while both still see the witness, and
+// a PostgreSQL leader that does not see the etcd leader is demoted. At least
+// the leader is kept off the host of PostgreSQL's leader, so that losing that
+// host costs no election; without a witness it goes to the voter that is
+// furthest. It returns the voter to move to, or 0 and why the leader stays.
 func DecideLeaderPlacement(o PlacementObservation) (target uint64, reason string) {
 	vs := voters(o.Members)
 	switch {
@@ -169,16 +171,21 @@ func DecideLeaderPlacement(o PlacementObservation) (target uint64, reason string
 	if i < 0 {
 		return 0, "the etcd leader is not among the members"
 	}
-	if o.Members[i].Name != o.PostgresLeader {
-		return 0, "the etcd leader is off PostgreSQL's leader"
-	}
-	if o.SinceLastMove < o.MinInterval {
-		return 0, fmt.Sprintf("the etcd leader was moved %s ago, the next move may come after %s", o.SinceLastMove, o.MinInterval)
+	leader := o.Members[i]
+	if isWitness(leader) {
+		return 0, "the etcd leader is on the witness"
 	}
 	sync := MembershipObservation{Reachable: o.Reachable, Applied: o.Applied, Committed: o.Committed}
-	candidates := slices.DeleteFunc(vs, func(m Member) bool { return m.ID == o.LeaderID || sync.why(m) != "" })
-	if len(candidates) == 0 {
+	candidates := slices.DeleteFunc(vs, func(m Member) bool {
+		return m.ID == o.LeaderID || sync.why(m) != "" || leader.Name != o.PostgresLeader && !isWitness(m)
+	})
+	switch {
+	case len(candidates) == 0 && leader.Name != o.PostgresLeader:
+		return 0, "the etcd leader is off PostgreSQL's leader, and no witness is reachable and in sync"
+	case len(candidates) == 0:
 		return 0, "no other voter is reachable and in sync"
+	case o.SinceLastMove < o.MinInterval:
+		return 0, fmt.Sprintf("the etcd leader was moved %s ago, the next move may come after %s", o.SinceLastMove, o.MinInterval)
 	}
 	best := slices.MinFunc(candidates, func(a, b Member) int {
 		switch {
@@ -197,5 +204,5 @@ func DecideLeaderPlacement(o PlacementObservation) (target uint64, reason string
 			return 1
 		}
 	})
-	return best.ID, fmt.Sprintf("moving the etcd leader from %s, where PostgreSQL's leader is, to %s", o.PostgresLeader, best.label())
+	return best.ID, fmt.Sprintf("moving the etcd leader from %s to %s; PostgreSQL's leader is %s", leader.label(), best.label(), o.PostgresLeader)
 }

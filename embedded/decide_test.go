@@ -207,7 +207,7 @@ func TestDecideLeaderPlacement(t *testing.T) {
 		want   uint64
 		reason string
 	}{
-		{"to the witness for choice, though another is further", func(*PlacementObservation) {}, 9, "from a, where PostgreSQL's leader is, to w"},
+		{"to the witness for choice, though another is further", func(*PlacementObservation) {}, 9, "from a to w; PostgreSQL's leader is a"},
 		{"the witness is away", func(o *PlacementObservation) { delete(o.Reachable, 9) }, 2, "to b"},
 		{"the witness is behind", func(o *PlacementObservation) { o.Applied[9] = 100 }, 2, "to b"},
 		{"the witness is unknown", func(o *PlacementObservation) { delete(o.Applied, 9) }, 2, "to b"},
@@ -216,8 +216,12 @@ func TestDecideLeaderPlacement(t *testing.T) {
 		}, 3, "to c"},
 		{"never to a learner", func(o *PlacementObservation) { o.Members = []Member{va, lx} }, 0, "only voter"},
 		{"nobody in sync", func(o *PlacementObservation) { o.Applied = nil }, 0, "no other voter"},
-		{"already elsewhere", func(o *PlacementObservation) { o.LeaderID = 2 }, 0, "off PostgreSQL's leader"},
-		{"already on the witness", func(o *PlacementObservation) { o.LeaderID = 9 }, 0, "off PostgreSQL's leader"},
+		{"from another data node to the witness", func(o *PlacementObservation) { o.LeaderID = 2 }, 9, "from b to w; PostgreSQL's leader is a"},
+		{"elsewhere, and the witness is away", func(o *PlacementObservation) { o.LeaderID = 2; delete(o.Reachable, 9) }, 0, "off PostgreSQL's leader"},
+		{"elsewhere, and there is no witness", func(o *PlacementObservation) {
+			o.LeaderID, o.Members, o.Applied[3], o.Reachable[3] = 2, []Member{va, vb, vc}, 5001, true
+		}, 0, "off PostgreSQL's leader"},
+		{"already on the witness", func(o *PlacementObservation) { o.LeaderID = 9 }, 0, "is on the witness"},
 		{"no etcd leader", func(o *PlacementObservation) { o.LeaderID = 0 }, 0, "no leader"},
 		{"no PostgreSQL leader", func(o *PlacementObservation) { o.PostgresLeader = "" }, 0, "PostgreSQL has no known leader"},
 		{"a leader that is not listed", func(o *PlacementObservation) { o.LeaderID = 77 }, 0, "not among the members"},

@@ -186,8 +186,8 @@ func (d *duties) dropAbandoned(ctx context.Context, srv *embedded.Server, store 
 	return nil
 }
 
-// placement moves raft's leadership to where the loss of the primary's host
-// does not cost an election on top.
+// placement moves raft's leadership to the witness, or at least to where the
+// loss of the primary's host does not cost an election on top.
 func (d *duties) placement(ctx context.Context, srv *embedded.Server, st embedded.Status) error {
 	w := d.n.snapshot()
 	if !w.Viewed || w.View.Leader == "" {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"pgha/cluster"
+	"pgha/embedded"
 	"pgha/patroni"
 	"pgha/pki"
 )
@@ -257,8 +258,23 @@ func (n *Node) leave(ctx context.Context) (err error) {
 	if err := store.RemoveMember(ctx, n.cfg.Name); err != nil && !errors.Is(err, cluster.ErrNoMember) {
 		return err
 	}
-	if err := srv.Remove(ctx, st.MemberID); err != nil {
+	// The leader takes a learner that is on no roster out by itself, and may have
+	// been faster.
+	if err := srv.Remove(ctx, st.MemberID); err != nil && !wasRemoved(ctx, srv) {
 		return fmt.Errorf("leave etcd: %w", err)
 	}
 	return nil
+}
+
+// wasRemoved waits a moment for a member to end, and tells whether it did
+// because others have taken it out.
+func wasRemoved(ctx context.Context, srv *embedded.Server) bool {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-srv.Done():
+		return errors.Is(srv.Err(), embedded.ErrRemoved)
+	}
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,7 +26,7 @@ func TestHalfMadeBootstrap(t *testing.T) {
 		}},
 		edgeStep{"PowerCutAfterInitdb", func(e edge) {
 			e.beginInit("late")
-			e.waitRunning("late", "postgres", "--config_file")
+			e.waitRunning("late", "postgres", "--config-file")
 			repairedAfterPowerCut(e, "late")
 		}},
 		edgeStep{"DaemonKilledDuringInitdb", func(e edge) {
@@ -42,13 +43,20 @@ func TestHalfMadeBootstrap(t *testing.T) {
 			e.beginInit("orphan")
 			e.waitRunning("orphan", "initdb", "")
 			e.must(e.bed.Kill("orphan"))
-			// Without etcd Patroni cannot finish what it has begun.
-			e.until("Patroni to give up", func() error {
-				if p := e.running("orphan", "initdb", "patroni"); len(p) > 0 {
+			// It is given the time to find that etcd, which holds the marker of its
+			// bootstrap, is away.
+			e.until("Patroni to miss etcd", func() error {
+				if p := e.running("orphan", "initdb"); len(p) > 0 {
 					return errRuns(p)
 				}
-				return nil
+				text, err := os.ReadFile(filepath.Join(e.bed.Host("orphan").Dir(), "log", "patroni.log"))
+				if err == nil && !strings.Contains(string(text), "RetryFailedError") {
+					err = errors.New("it has not")
+				}
+				return err
 			})
+			text, _ := os.ReadFile(filepath.Join(e.bed.Host("orphan").Dir(), "log", "patroni.log"))
+			e.t.Logf("%s", text)
 			e.must(e.bed.Run(e.long(), "orphan"))
 			writable(e, "orphan")
 		}},

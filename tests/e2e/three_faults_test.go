@@ -187,6 +187,7 @@ func (c *trio) daemonsKilled(t *testing.T) {
 // is known to be gone.
 func (c *trio) triangle(t *testing.T) {
 	before := c.state(t)
+	c.witnessLeads(t, before.leader)
 	r := c.record(t)
 	w := c.writer(t, before.leader)
 	if err := c.Lab.Cut("n1", "n2"); err != nil {

@@ -74,9 +74,7 @@ func (c *trio) journey(t *testing.T) {
 		c.psqlByName(t, h)
 	}
 	for _, h := range trioHosts {
-		s := c.await(t, h, "etcd's leader to be off the primary's host", func(s node.Status) bool {
-			return s.Health == node.Healthy && !trioMember(t, s, s.Leader).EtcdLeader
-		})
+		s := c.witnessLeads(t, h)
 		if s.Leader != "n1" || s.SeenBy != h || !s.Survives || !s.Promise.Holds || s.Promise.Mode != "sync" || len(s.ToDo)+len(s.Problems) > 0 {
 			t.Errorf("status of %s: %+v", h, s)
 		}
@@ -97,6 +95,15 @@ func (c *trio) journey(t *testing.T) {
 			t.Errorf("pgha status on %s: exit status %d\n%s", h, code, text)
 		}
 	}
+}
+
+// witnessLeads waits until etcd is led from the witness, where no data node's
+// loss and no cut between the two can stop it.
+func (c *trio) witnessLeads(t *testing.T, host string) node.Status {
+	t.Helper()
+	return c.await(t, host, "the witness to lead etcd", func(s node.Status) bool {
+		return s.Health == node.Healthy && trioMember(t, s, "witness").EtcdLeader
+	})
 }
 
 // psqlByName connects as people do: psql, by the node's name, verify-full.
