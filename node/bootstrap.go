@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -15,6 +16,7 @@ import (
 	"pgha/cluster"
 	"pgha/internal/fsx"
 	"pgha/patroni"
+	"pgha/supervisor"
 )
 
 // found writes the cluster's record at the founder's first start. It may be
@@ -129,6 +131,22 @@ func (n *Node) repairBootstrap(ctx context.Context, w world) error {
 		return n.bootstrapDone()
 	}
 	return nil
+}
+
+// endUnfinishedBootstrap ends a Patroni that a dead daemon has left in the
+// middle of a bootstrap. It has lost etcd on the way and would neither finish
+// nor give up; the next start of Patroni undoes what it has begun. SIGKILL,
+// because there is nothing worth a shutdown.
+func (n *Node) endUnfinishedBootstrap(ctx context.Context) error {
+	if _, err := os.Stat(n.pendingFile()); err != nil {
+		return nil // none was begun
+	}
+	pid, err := supervisor.Lookup(n.paths.Run, "patroni")
+	if err != nil || pid == 0 {
+		return err
+	}
+	n.log.Warn("ending the Patroni of an unfinished bootstrap", "pid", pid)
+	return terminate(ctx, pid, syscall.SIGKILL, 10*time.Second)
 }
 
 // bootstrapDone forgets that a bootstrap was under way.

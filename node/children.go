@@ -176,6 +176,7 @@ func (n *Node) adoptChildren(ctx context.Context) {
 	if n.cfg.Role != cluster.RoleData {
 		return
 	}
+	n.problem("bootstrap", n.endUnfinishedBootstrap(ctx))
 	for _, p := range []*supervisor.Process{n.patroni, n.haproxy} {
 		adopted, err := p.Adopt(ctx)
 		name := p.Status().Name
