@@ -7,8 +7,13 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
+
+	"pgha/patroni"
+	"pgha/supervisor"
 )
 
 // ownedSettings are settings of an adopted PostgreSQL that pgha or Patroni
@@ -66,4 +71,26 @@ func keepSettings(files ...[]byte) []byte {
 		}
 	}
 	return out.Bytes()
+}
+
+// adoptRoles makes the database roles that Patroni makes at a bootstrap of its
+// own, and cannot lead without. Nobody may connect to the database yet, so
+// PostgreSQL is run in single-user mode.
+func adoptRoles(binDir, dir string, owner *supervisor.User) error {
+	// With -j a statement ends at a semicolon and an empty line.
+	input := strings.Join(patroni.RoleSQL(), ";\n\n") + ";\n\n"
+	cmd := exec.Command(filepath.Join(binDir, "postgres"), "--single", "-j", "-D", dir, patroni.Superuser)
+	cmd.Env, cmd.Dir, cmd.Stdin = childEnv, "/", strings.NewReader(input)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: owner.UID, Gid: owner.GID, Groups: owner.Groups}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("create database roles: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	// It exits with success whatever becomes of the statements.
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "ERROR:") || strings.Contains(line, "FATAL:") {
+			return fmt.Errorf("create database roles: %s", strings.TrimSpace(line))
+		}
+	}
+	return nil
 }

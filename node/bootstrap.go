@@ -146,7 +146,9 @@ func (n *Node) endUnfinishedBootstrap(ctx context.Context) error {
 		return err
 	}
 	n.log.Warn("ending the Patroni of an unfinished bootstrap", "pid", pid)
-	return terminate(ctx, pid, syscall.SIGKILL, 10*time.Second)
+	// With its process group: an initdb that lives on would remove the directory
+	// that the next one makes. PostgreSQL is in none of Patroni's groups.
+	return terminate(ctx, -pid, syscall.SIGKILL, 10*time.Second)
 }
 
 // bootstrapDone forgets that a bootstrap was under way.
@@ -221,9 +223,6 @@ func (n *Node) dynamicConfig(ctx context.Context, w world, cfg patroni.Config) e
 			return err
 		}
 	}
-	if err := n.ensureRoles(ctx); err != nil {
-		return err
-	}
 	if w.View.Config == nil {
 		return nil
 	}
@@ -254,33 +253,4 @@ func goneSlots(w world) []string {
 		}
 	}
 	return gone
-}
-
-// ensureRoles makes the database roles that Patroni makes at a bootstrap, on
-// an adopted cluster that has never seen one.
-func (n *Node) ensureRoles(ctx context.Context) error {
-	if n.state.Adopted == "" || n.rolesDone.Load() {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	c, err := n.localPostgres(ctx)
-	if err != nil {
-		return fmt.Errorf("connect to PostgreSQL: %w", err)
-	}
-	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
-	var standby bool
-	if err := c.QueryRow(ctx, "SELECT pg_is_in_recovery()").Scan(&standby); err != nil {
-		return fmt.Errorf("ask PostgreSQL for its role: %w", err)
-	}
-	if standby {
-		return nil // not promoted yet; the next round comes
-	}
-	for _, sql := range patroni.RoleSQL() {
-		if _, err := c.Exec(ctx, sql); err != nil {
-			return fmt.Errorf("create database roles: %w", err)
-		}
-	}
-	n.rolesDone.Store(true)
-	return nil
 }

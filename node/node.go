@@ -56,10 +56,9 @@ type Node struct {
 	etcd  atomic.Pointer[embedded.Server]
 	store atomic.Pointer[cluster.Store]
 
-	founded   atomic.Bool // state.Founded as it is now; state itself never changes
-	rolesDone atomic.Bool // an adopted cluster has its database roles
-	leaving   atomic.Bool // this node is leaving: what it has stopped stays so
-	renewMu   sync.Mutex  // one renewal of certificates at a time
+	founded atomic.Bool // state.Founded as it is now; state itself never changes
+	leaving atomic.Bool // this node is leaving: what it has stopped stays so
+	renewMu sync.Mutex  // one renewal of certificates at a time
 
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy

@@ -12,6 +12,7 @@ import (
 	"pgha/internal/fsx"
 	"pgha/patroni"
 	"pgha/pki"
+	"pgha/supervisor"
 )
 
 // PrepareInit writes everything that the founder of a new cluster needs to
@@ -52,7 +53,7 @@ func PrepareInit(p Paths, cfg Config, settings cluster.Settings, sans []string, 
 		return s, err
 	}
 	if adopt != "" {
-		if err := adoptDataDir(adopt, int(own.postgres.UID), int(own.postgres.GID)); err != nil {
+		if err := adoptDataDir(cfg.Postgres.BinDir, adopt, own.postgres); err != nil {
 			return s, err
 		}
 	}
@@ -294,7 +295,8 @@ func RemovePrepared(p Paths) error {
 
 // adoptDataDir makes a data directory that Debian's tools made fit for
 // Patroni: it is PostgreSQL's own, and its settings stand inside.
-func adoptDataDir(dir string, uid, gid int) error {
+func adoptDataDir(binDir, dir string, owner *supervisor.User) error {
+	uid, gid := int(owner.UID), int(owner.GID)
 	info, err := patroni.InspectDataDir(dir)
 	if err != nil {
 		return err
@@ -302,12 +304,14 @@ func adoptDataDir(dir string, uid, gid int) error {
 	if info.UID != uid {
 		return fmt.Errorf("%s belongs to uid %d, PostgreSQL runs as uid %d: chown -R it first", dir, info.UID, uid)
 	}
-	if info.Config {
-		return nil
+	if !info.Config {
+		text, err := adoptedSettings(info.Major, dir)
+		if err != nil {
+			return err
+		}
+		if err := fsx.WriteFile(filepath.Join(dir, "postgresql.conf"), text, 0o600, uid, gid); err != nil {
+			return err
+		}
 	}
-	text, err := adoptedSettings(info.Major, dir)
-	if err != nil {
-		return err
-	}
-	return fsx.WriteFile(filepath.Join(dir, "postgresql.conf"), text, 0o600, uid, gid)
+	return adoptRoles(binDir, dir, owner)
 }

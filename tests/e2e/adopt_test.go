@@ -27,7 +27,7 @@ func TestAdoptAndInterruptedJoin(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantSQL(t, bed, "n1", "SELECT count(*) FROM old", "1000")
-	wantSQL(t, bed, "n1", "SHOW work_mem", "7MB")
+	wantSQL(t, bed, "n1", "SHOW deadlock_timeout", "7s")
 	wantSQL(t, bed, "n1", "SHOW ssl", "on")
 
 	interruptJoin(t, bed, "n2", r.Data.Token)
@@ -77,7 +77,7 @@ func makeOldDatabase(t *testing.T, bed *testbed.Bed, host string) {
 PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -n 1):$PATH
 cd /var/lib/pgha/old
 initdb -D %[1]s >/dev/null
-echo "work_mem = 7MB" >> %[1]s/postgresql.conf
+echo "deadlock_timeout = 7s" >> %[1]s/postgresql.conf
 pg_ctl -D %[1]s -w -s -l log -o "-c listen_addresses= -k /var/lib/pgha/old" start
 psql -h /var/lib/pgha/old -X -q -c "CREATE TABLE old AS SELECT generate_series(1, 1000) AS n"
 pg_ctl -D %[1]s -w -s -m fast stop`, adoptedDir)

@@ -55,8 +55,6 @@ func TestHalfMadeBootstrap(t *testing.T) {
 				}
 				return err
 			})
-			text, _ := os.ReadFile(filepath.Join(e.bed.Host("orphan").Dir(), "log", "patroni.log"))
-			e.t.Logf("%s", text)
 			e.must(e.bed.Run(e.long(), "orphan"))
 			writable(e, "orphan")
 		}},

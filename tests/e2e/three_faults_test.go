@@ -206,7 +206,7 @@ func (c *trio) triangle(t *testing.T) {
 	}
 	c.sameReign(t, before)
 	c.goesOn(t, w)
-	if got, want := r.reigns(t), []turn{{before.leader, before.timeline}}; !slices.Equal(got, want) {
+	if got, want := r.reigns(t, turn{before.leader, before.timeline}), []turn{{before.leader, before.timeline}}; !slices.Equal(got, want) {
 		t.Errorf("rows were taken by %v, want %v alone", got, want)
 	}
 }
@@ -246,7 +246,7 @@ func (c *trio) leaderLost(t *testing.T) {
 	// The writer may go by way of the returned node as well.
 	c.goesOn(t, c.writer(t, before.leader))
 	want := []turn{{before.leader, before.timeline}, {next, before.timeline + 1}}
-	if got := r.reigns(t); !slices.Equal(got, want) {
+	if got := r.reigns(t, want[1]); !slices.Equal(got, want) {
 		t.Errorf("rows were taken by %v, want %v", got, want)
 	}
 }
@@ -262,17 +262,31 @@ func (c *trio) dataRestarted(t *testing.T) {
 		c.healthy(t)
 		c.goesOn(t, w)
 	}
-	r.reigns(t)
+	c.fromTo(t, r, s.Leader)
 }
 
 // allLost: the power of the whole cluster fails, and returns.
 func (c *trio) allLost(t *testing.T) {
+	s := c.healthy(t)
 	r := c.record(t)
 	w := c.writer(t, "n1", "n2")
 	c.powerCycle(t, trioHosts...)
 	c.healthy(t)
 	c.goesOn(t, w)
-	r.reigns(t)
+	c.fromTo(t, r, s.Leader)
+}
+
+// fromTo checks who was the primary: the first one first, and in the end the
+// one that is it now, by its timeline too.
+func (c *trio) fromTo(t *testing.T, r *recorder, first string) {
+	t.Helper()
+	s := c.healthy(t)
+	now := turn{s.Leader, trioMember(t, s, s.Leader).Timeline}
+	order := r.reigns(t, now)
+	t.Logf("rows were taken by %v", order)
+	if len(order) == 0 || order[0].host != first || order[len(order)-1] != now {
+		t.Errorf("rows were taken by %v, but %s was the primary at first and %v is now", order, first, now)
+	}
 }
 
 func (c *trio) powerCycle(t *testing.T, hosts ...string) {

@@ -15,12 +15,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
-	"pgha/lab"
 	"pgha/lab/testbed"
 	"pgha/node"
 )
@@ -34,10 +34,11 @@ var trioHosts = []string{"n1", "n2", "witness"}
 // trio is the cluster of TestThree, and what was written to it so far.
 type trio struct {
 	*testbed.Bed
-	nextID  int64
-	writers []*testbed.Writer
-	writes  []testbed.Write
-	tookAll []took
+	founded   testbed.InitResult
+	nextID    int64
+	writers   []*testbed.Writer
+	recorders []*recorder
+	writes    []testbed.Write // of those that have ended
 }
 
 // idsEach is how many ids a writer or recorder has for its own.
@@ -145,24 +146,26 @@ func (c *trio) unharmed(t *testing.T, w *testbed.Writer) {
 	}
 }
 
-// nothingLost ends all writers and checks that every commit that was ever
+// nothingLost ends all writers and recorders and checks that every commit that was ever
 // acknowledged is there.
 func (c *trio) nothingLost(t *testing.T) {
 	t.Helper()
 	for _, w := range c.writers {
 		c.writes = append(c.writes, w.Stop()...)
 	}
-	c.writers = nil
-	all := slices.Clone(c.writes)
-	for _, k := range c.tookAll {
-		all = append(all, testbed.Write{ID: k.id, Via: k.host, Sent: k.sent, At: k.at})
+	for _, r := range c.recorders {
+		r.stop()
+		for _, k := range r.taken() {
+			c.writes = append(c.writes, testbed.Write{ID: k.id, Via: k.host, Sent: k.sent, At: k.at})
+		}
 	}
-	lost, err := c.Lost(within(t, trioWait), "n1", all)
+	c.writers, c.recorders = nil, nil
+	lost, err := c.Lost(within(t, trioWait), "n1", c.writes)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(lost) > 0 {
-		t.Errorf("%d of %d acknowledged commits are lost, the first is %d", len(lost), len(testbed.Acked(all)), lost[0])
+		t.Errorf("%d of %d acknowledged commits are lost, the first is %d", len(lost), len(testbed.Acked(c.writes)), lost[0])
 	}
 }
 
@@ -293,7 +296,10 @@ type took struct {
 // past HAProxy and from the node's own host, where no cut link is in the way:
 // what it was able to do is what somebody could have done.
 type recorder struct {
-	stop func() []took
+	stop func() // waits for the end
+
+	mu   sync.Mutex
+	rows []took
 }
 
 // record starts a recorder. Its rows are among those that must not be lost.
@@ -303,8 +309,9 @@ func (c *trio) record(t *testing.T) *recorder {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r := &recorder{}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	out := make(chan []took)
+	var wg sync.WaitGroup
 	for _, name := range []string{"n1", "n2"} {
 		cfg, err := testbed.AppConfig(c.Lab, pool, c.Addr(name), 5442)
 		if err != nil {
@@ -313,52 +320,30 @@ func (c *trio) record(t *testing.T) *recorder {
 		h := c.Host(name)
 		cfg.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) { return h.Dial(ctx, network, addr) }
 		first := c.ids()
-		go func() { out <- recordOne(ctx, h, cfg, first) }()
+		wg.Go(func() { r.run(ctx, h.Name(), cfg, first) })
 	}
-	done := false
-	r := &recorder{stop: func() []took {
-		if done {
-			return nil
-		}
-		done = true
+	r.stop = func() {
 		cancel()
-		all := append(<-out, <-out...)
-		c.tookAll = append(c.tookAll, all...)
-		return all
-	}}
-	t.Cleanup(func() { r.stop() })
+		wg.Wait()
+	}
+	c.recorders = append(c.recorders, r)
+	t.Cleanup(r.stop)
 	return r
 }
 
-// recordOne writes to one PostgreSQL until ctx ends.
-func recordOne(ctx context.Context, h *lab.Host, cfg *pgx.ConnConfig, id int64) []took {
-	const insert = `INSERT INTO t (id) VALUES ($1) RETURNING ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int`
-	var all []took
+// run writes to one PostgreSQL until ctx ends.
+func (r *recorder) run(ctx context.Context, host string, cfg *pgx.ConnConfig, id int64) {
 	var conn *pgx.Conn
 	for ; ctx.Err() == nil; id++ {
-		k := took{host: h.Name(), id: id, sent: time.Now()}
-		try, cancel := context.WithTimeout(ctx, 2*time.Second)
-		err := func() (err error) {
-			if conn == nil {
-				if conn, err = pgx.ConnectConfig(try, cfg); err != nil {
-					conn = nil
-					return err
-				}
-			}
-			return conn.QueryRow(try, insert, id).Scan(&k.timeline)
-		}()
-		cancel()
-		pause := 10 * time.Millisecond
-		if k.at = time.Now(); err == nil {
-			all = append(all, k)
-		} else {
-			pause = 50 * time.Millisecond
-			if conn != nil {
-				end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 100*time.Millisecond)
-				_ = conn.Close(end) // the server may be gone
-				cancel()
-				conn = nil
-			}
+		k := took{host: host, id: id, sent: time.Now()}
+		err := k.insert(ctx, &conn, cfg)
+		k.at = time.Now()
+		pause := 50 * time.Millisecond
+		if err == nil {
+			pause = 10 * time.Millisecond
+			r.mu.Lock()
+			r.rows = append(r.rows, k)
+			r.mu.Unlock()
 		}
 		select {
 		case <-ctx.Done():
@@ -366,9 +351,34 @@ func recordOne(ctx context.Context, h *lab.Host, cfg *pgx.ConnConfig, id int64) 
 		}
 	}
 	if conn != nil {
-		_ = conn.Close(context.WithoutCancel(ctx)) // likewise
+		_ = conn.Close(context.WithoutCancel(ctx)) // its server may be gone
 	}
-	return all
+}
+
+// insert writes the row, on a connection that is kept until it fails.
+func (k *took) insert(ctx context.Context, conn **pgx.Conn, cfg *pgx.ConnConfig) (err error) {
+	const insert = `INSERT INTO t (id) VALUES ($1) RETURNING ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int`
+	try, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if *conn == nil {
+		if *conn, err = pgx.ConnectConfig(try, cfg); err != nil {
+			*conn = nil
+			return err
+		}
+	}
+	if err = (*conn).QueryRow(try, insert, k.id).Scan(&k.timeline); err != nil {
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 100*time.Millisecond)
+		defer cancel()
+		_ = (*conn).Close(end) // likewise
+		*conn = nil
+	}
+	return err
+}
+
+func (r *recorder) taken() []took {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.rows)
 }
 
 // turn is a reign: one primary on one timeline.
@@ -444,11 +454,22 @@ func TestTurns(t *testing.T) {
 	}
 }
 
-// reigns ends the recorder and returns who was the primary; it fails the test
-// if two were at once.
-func (r *recorder) reigns(t *testing.T) []turn {
+// reigns waits until the primary of today has taken a row, ends the recorder
+// and returns who was the primary; it fails the test if two were at once.
+func (r *recorder) reigns(t *testing.T, today turn) []turn {
 	t.Helper()
-	order, err := turns(r.stop())
+	err := testbed.Until(within(t, trioWait), fmt.Sprintf("a row of %s on timeline %d", today.host, today.timeline), func() error {
+		rows := r.taken()
+		if !slices.ContainsFunc(rows, func(k took) bool { return k.host == today.host && k.timeline == today.timeline }) {
+			return fmt.Errorf("none of %d rows is", len(rows))
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	r.stop()
+	order, err := turns(r.taken())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -15,7 +14,6 @@ import (
 	"testing"
 
 	"pgha/cluster"
-	"pgha/lab/testbed"
 	"pgha/pki"
 )
 
@@ -106,16 +104,8 @@ func (c *trio) hidden(t *testing.T) (secrets, tokens map[string][]byte) {
 		}
 		secrets["n1's key "+string(role)] = keyLine(t, b.KeyPEM)
 	}
-	out, err := c.Output("n1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var r testbed.InitResult
-	if err := json.NewDecoder(bytes.NewReader(out)).Decode(&r); err != nil {
-		t.Fatal(err)
-	}
 	tokens = map[string][]byte{}
-	for what, text := range map[string]string{"n2's token": r.Data.Token, "the witness's token": r.Witness.Token} {
+	for what, text := range map[string]string{"n2's token": c.founded.Data.Token, "the witness's token": c.founded.Witness.Token} {
 		tok, err := cluster.ParseToken(text)
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -21,6 +23,13 @@ func TestThree(t *testing.T) {
 	began := time.Now()
 	c := &trio{Bed: newBed(t)}
 	if err := c.Three(within(t, 2*trioWait)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.Output("n1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.NewDecoder(bytes.NewReader(out)).Decode(&c.founded); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.CreateApp(within(t, trioWait), "n1"); err != nil {
@@ -45,6 +54,7 @@ func TestThree(t *testing.T) {
 		{"leader powered off", (*trio).leaderLost},
 		{"data nodes restarted", (*trio).dataRestarted},
 		{"all powered off", (*trio).allLost},
+		{"secrets, in the end", (*trio).secrets},
 	} {
 		ok := t.Run(s.name, func(t *testing.T) {
 			c.healthy(t)
@@ -61,6 +71,10 @@ func TestThree(t *testing.T) {
 // journey: the cluster serves clients on every node, and says of itself what
 // an operator wants to know.
 func (c *trio) journey(t *testing.T) {
+	// What was never written is missed: the check after each step is one.
+	if lost, err := c.Lost(within(t, trioWait), "n1", []testbed.Write{{ID: -1}}); err != nil || !slices.Equal(lost, []int64{-1}) {
+		t.Errorf("a row that nobody wrote is not missed: %v, %v", lost, err)
+	}
 	for _, h := range []string{"n1", "n2"} {
 		c.unharmed(t, c.writer(t, h))
 		conn, err := c.connect(t, h, 5433, nil)
