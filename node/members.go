@@ -258,12 +258,24 @@ func (n *Node) leave(ctx context.Context) (err error) {
 	if err := store.RemoveMember(ctx, n.cfg.Name); err != nil && !errors.Is(err, cluster.ErrNoMember) {
 		return err
 	}
-	// The leader takes a learner that is on no roster out by itself, and may have
-	// been faster.
-	if err := srv.Remove(ctx, st.MemberID); err != nil && !wasRemoved(ctx, srv) {
-		return fmt.Errorf("leave etcd: %w", err)
+	return leaveEtcd(ctx, srv, st.MemberID)
+}
+
+// leaveEtcd removes this node's own member. The answer may be lost with the
+// membership, and the leader takes a learner that is on no roster out by
+// itself: what counts is that the member is out.
+func leaveEtcd(ctx context.Context, srv *embedded.Server, id uint64) error {
+	for {
+		try, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := srv.Remove(try, id)
+		cancel()
+		if err == nil || wasRemoved(ctx, srv) {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("leave etcd: %w", err)
+		}
 	}
-	return nil
 }
 
 // wasRemoved waits a moment for a member to end, and tells whether it did
