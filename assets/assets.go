@@ -13,3 +13,8 @@ var Templates embed.FS
 //
 //go:embed patroni_launcher.py
 var PatroniLauncher []byte
+
+// PrePromote is the program that Patroni runs before each promotion.
+//
+//go:embed pre_promote.py
+var PrePromote []byte

@@ -66,6 +66,8 @@ func (n *Node) serveRemote(ctx context.Context) error {
 	mux.Handle("POST "+cluster.PathRenew, joins)
 	mux.Handle("GET /v1/node", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.report(r.Context()), nil) }))
 	mux.Handle("GET /v1/status", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) }))
+	mux.HandleFunc("POST "+pathMemberLeave, n.memberLeaveHandler)
+	mux.Handle("POST /v1/gate/keep-off", n.peersOnly(n.keepOff))
 	return serveHTTP(ctx, tls.NewListener(l, n.certs.ServerConfig(tls.VerifyClientCertIfGiven)), mux, n.opts.Log)
 }
 
@@ -100,19 +102,33 @@ func (n *Node) joinHandler() http.Handler {
 // peersOnly admits this cluster's node certificates whose node is on the roster.
 func (n *Node) peersOnly(h http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id, err := pki.PeerIdentity(*r.TLS)
-		if err == nil {
-			err = n.isPeer(id)
-		}
+		id, err := n.caller(r)
 		if err == nil && !n.onRoster(id.Node) {
-			err = fmt.Errorf("node %q is not a member of this cluster", id.Node)
+			err = noPeer(fmt.Errorf("node %q is not a member of this cluster", id.Node))
 		}
 		if err != nil {
-			reply(w, nil, &cluster.Error{Code: cluster.CodeNoMember, Message: "this needs the certificate of a node of this cluster: " + err.Error()})
+			reply(w, nil, err)
 			return
 		}
 		h(w, r)
 	})
+}
+
+// caller tells which node of this cluster asks, by its certificate alone: it
+// may be on the roster no more.
+func (n *Node) caller(r *http.Request) (pki.Identity, error) {
+	id, err := pki.PeerIdentity(*r.TLS)
+	if err == nil {
+		err = n.isPeer(id)
+	}
+	if err != nil {
+		return pki.Identity{}, noPeer(err)
+	}
+	return id, nil
+}
+
+func noPeer(err error) error {
+	return &cluster.Error{Code: cluster.CodeNoMember, Message: "this needs the certificate of a node of this cluster: " + err.Error()}
 }
 
 // onRoster tells whether the cluster has a node of that name. A node that has

@@ -378,3 +378,52 @@ func TestAdmit(t *testing.T) {
 		t.Error("the reconciler was not woken")
 	}
 }
+
+// A round that has read the roster before a member was let in must not shut the
+// firewall to it again.
+func TestAdmitDuringARound(t *testing.T) {
+	n := opened(t)
+	old, x := world{Members: roster()[:1:1]}, roster()[1]
+	names := func() (out []string) {
+		for _, m := range n.snapshot().Members {
+			out = append(out, m.Name)
+		}
+		return out
+	}
+	n.remember(old)
+	n.admit(x)
+	n.admit(x) // its join is repeated
+	n.remember(old)
+	if diff := cmp.Diff([]string{"n1", "n2"}, names()); diff != "" || len(old.Members) != 1 {
+		t.Errorf("after a round that had not read it (-want +got):\n%s", diff)
+	}
+	n.remember(world{Members: roster()})
+	if diff := cmp.Diff([]string{"n1", "n2", "w"}, names()); diff != "" {
+		t.Errorf("after a round that had (-want +got):\n%s", diff)
+	}
+	n.remember(old)
+	if diff := cmp.Diff([]string{"n1"}, names()); diff != "" {
+		t.Errorf("once it has left (-want +got):\n%s", diff)
+	}
+	n.admit(x)
+	n.admitted[x.Name] = admission{x, time.Now().Add(-time.Second)}
+	n.remember(old)
+	if diff := cmp.Diff([]string{"n1"}, names()); diff != "" || len(n.admitted) != 0 {
+		t.Errorf("when no roster shows it (-want +got):\n%s", diff)
+	}
+}
+
+// What fails because the daemon stops is no problem, in the log least of all.
+func TestProblemWhileStopping(t *testing.T) {
+	n := opened(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	n.partProblem(ctx, "firewall", context.DeadlineExceeded)
+	if len(n.problems) != 1 {
+		t.Errorf("problems: %v", n.problems)
+	}
+	cancel()
+	n.partProblem(ctx, "certificates", context.Canceled)
+	if len(n.problems) != 1 {
+		t.Errorf("problems after the end: %v", n.problems)
+	}
+}

@@ -203,7 +203,9 @@ func (n *Node) stopChildren() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	err := n.patroni.Stop(ctx)
-	return errors.Join(err, n.stopPostgres(ctx), n.haproxy.Stop(ctx))
+	err = errors.Join(err, n.stopPostgres(ctx))
+	n.waitShut(ctx)
+	return errors.Join(err, n.haproxy.Stop(ctx))
 }
 
 // stopPostgres stops a PostgreSQL that Patroni has left running, as it does
@@ -236,12 +238,17 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		return nil // not readable yet; what runs goes on with what it has
 	}
 	cfg := n.patroniConfig(w)
+	hook, err := n.hookCommand()
+	if err != nil {
+		return fmt.Errorf("prepare Patroni's hook: %w", err)
+	}
+	cfg.PrePromote = hook
 	text, err := patroni.Render(cfg)
 	if err != nil {
 		return err
 	}
 	changed, err := n.replaceFile(ctx, n.patroniYML(), text, 0o640, n.owners.postgres, func(ctx context.Context, path string) error {
-		return patroni.Validate(ctx, patroniBin, path)
+		return n.validatePatroni(ctx, cfg, path+".check")
 	})
 	if err != nil {
 		return err
@@ -269,6 +276,21 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		return err
 	}
 	return n.patroni.Start(ctx)
+}
+
+// validatePatroni has Patroni check its configuration. It would connect to
+// PostgreSQL's port to see whether that is free, and the gate answers nothing
+// there: it is shown another port, on which nobody listens.
+func (n *Node) validatePatroni(ctx context.Context, cfg patroni.Config, path string) error {
+	cfg.Ports.Postgres = 1
+	text, err := patroni.Render(cfg)
+	if err != nil {
+		return err
+	}
+	if err := fsx.WriteFile(path, text, 0o640, 0, int(n.owners.postgres.GID)); err != nil {
+		return err
+	}
+	return errors.Join(patroni.Validate(ctx, patroniBin, path), os.Remove(path))
 }
 
 // mustWait says whether Patroni may not start yet. Only the founder
@@ -352,32 +374,6 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 		}
 		return haproxy.Master{Socket: n.haproxyMaster()}.Reload(ctx)
 	}
-	return nil
-}
-
-// cutOldSessions ends the sessions to everybody but the primary, once for each
-// primary. A server that fails its checks keeps its sessions: Patroni may be
-// down while PostgreSQL is not.
-func (n *Node) cutOldSessions(ctx context.Context, w world) error {
-	leader, st := w.View.Leader, n.haproxy.Status()
-	if !w.Viewed || leader == "" || leader == n.routedTo {
-		return nil
-	}
-	if st.State != supervisor.Running || st.Health.Checked.IsZero() || st.Health.Err != "" {
-		return nil // it cannot be told yet
-	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	for _, m := range w.Members {
-		if m.Role != cluster.RoleData || m.Name == leader {
-			continue
-		}
-		if err := n.runtime.ShutdownSessions(ctx, haproxy.BackendReadWrite, m.Name); err != nil {
-			return err
-		}
-	}
-	n.log.Info("HAProxy's sessions lead to the primary alone", "primary", leader, "before", n.routedTo)
-	n.routedTo = leader
 	return nil
 }
 

@@ -33,6 +33,10 @@ func TestDecideLeave(t *testing.T) {
 		{"a voter of two, the other away", leaveObservation{members: 2, voters: 2, answering: 1, voter: true}, false, "only 1 of 2 voters answer"},
 		{"a voter of five, one away", leaveObservation{members: 5, voters: 5, answering: 4, voter: true}, true, ""},
 		{"a voter of five, two away", leaveObservation{members: 5, voters: 5, answering: 3, voter: true}, false, "only 3 of 5"},
+		{"a dead voter of three", leaveObservation{members: 3, voters: 3, answering: 2, voter: true, silent: true}, true, ""},
+		{"a dead voter of three, another away", leaveObservation{members: 3, voters: 3, answering: 1, voter: true, silent: true}, false, "only 1 of 3"},
+		{"a dead voter of two", leaveObservation{members: 2, voters: 2, answering: 1, voter: true, silent: true}, true, ""},
+		{"a dead learner", leaveObservation{members: 2, voters: 1, answering: 1, silent: true}, true, ""},
 		{"the primary with a successor", leaveObservation{members: 3, voters: 3, answering: 3, voter: true, leader: true, successor: "yes"}, true, ""},
 		{"the primary without one", leaveObservation{members: 3, voters: 3, answering: 3, voter: true, leader: true, noSuccess: "n2 is not in sync yet"}, false, "nobody can take over: n2 is not in sync yet"},
 	} {

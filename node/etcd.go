@@ -137,6 +137,7 @@ func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
 	n.setEtcdState("running")
 	n.setWaiting("reading the cluster's state")
 	n.wake()
+	n.watchGate(ctx, srv.Client())
 	return n.watchKeys(ctx, srv)
 }
 

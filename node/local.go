@@ -14,7 +14,7 @@ import (
 )
 
 // ErrNotRunning says that the daemon does not answer on this host.
-var ErrNotRunning = errors.New("pgha is not running on this host")
+var ErrNotRunning = errors.New("the daemon is not running on this host")
 
 // Local speaks to this host's daemon through its unix socket.
 type Local struct{ http *http.Client }

@@ -3,13 +3,11 @@ package node
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"pgha/cluster"
-	"pgha/embedded"
-	"pgha/patroni"
 	"pgha/pki"
 )
 
@@ -35,20 +33,48 @@ func (n *Node) AddLearner(ctx context.Context, peerURL string) (map[string]strin
 	return out, nil
 }
 
+// admitFor is how long a member that was let in may be missing from the roster
+// as it is read: longer than a round of the reconciler takes to read it.
+const admitFor = 10 * time.Second
+
+// admission is a member that was let in, and until when that holds by itself.
+type admission struct {
+	member cluster.Member
+	until  time.Time
+}
+
 // admit opens this node's firewall to a member before it is told that it may
 // come. The other nodes read it from the roster within their next round.
 func (n *Node) admit(m cluster.Member) {
 	n.mu.Lock()
-	known := false
-	for _, k := range n.world.Members {
-		known = known || k.Name == m.Name
+	if n.admitted == nil {
+		n.admitted = map[string]admission{}
 	}
-	if !known {
-		n.world.Members = append(n.world.Members[:len(n.world.Members):len(n.world.Members)], m)
+	n.admitted[m.Name] = admission{m, time.Now().Add(admitFor)}
+	if !named(n.world.Members, m.Name) {
+		n.world.Members = append(slices.Clip(n.world.Members), m)
 	}
 	n.mu.Unlock()
 	n.applyFirewall(context.Background())
 	n.wake()
+}
+
+// withAdmitted adds to a roster the members that were let in while it was being
+// read: a round that ended without them would shut them out again until the
+// next. The caller holds n.mu.
+func (n *Node) withAdmitted(roster []cluster.Member, now time.Time) []cluster.Member {
+	for name, a := range n.admitted {
+		if named(roster, name) || now.After(a.until) {
+			delete(n.admitted, name)
+			continue
+		}
+		roster = append(slices.Clip(roster), a.member)
+	}
+	return roster
+}
+
+func named(roster []cluster.Member, name string) bool {
+	return slices.ContainsFunc(roster, func(m cluster.Member) bool { return m.Name == name })
 }
 
 // pgMajor is the major version of the cluster's PostgreSQL, 0 where none runs.
@@ -176,117 +202,4 @@ func (n *Node) renewNow(ctx context.Context) error {
 		return n.notReady()
 	}
 	return n.reissue(ctx, w, due)
-}
-
-func (n *Node) leaveHandler(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), 2*time.Minute)
-	defer cancel()
-	reply(w, struct{}{}, n.leave(ctx))
-}
-
-// leaveObservation is what decideLeave looks at.
-type leaveObservation struct {
-	members   int // on the roster, this node included
-	voters    int
-	answering int  // voters that answer, this node included
-	voter     bool // this node is one
-	leader    bool // this node is the primary
-	successor string
-	noSuccess string // why nobody can take over
-}
-
-// decideLeave says whether a node may go, with the reason if not.
-func decideLeave(o leaveObservation) (bool, string) {
-	switch {
-	case o.members <= 1:
-		return true, "this is the last node: the cluster ends with it"
-	case o.voter && o.voters == 1:
-		return false, "this node is the only etcd voter: the others would lose the cluster. Reset the others first, or add a witness so that they become voters"
-	case o.voter && o.answering-1 < (o.voters-1)/2+1:
-		return false, fmt.Sprintf("only %d of %d voters answer: without this one the cluster would lose its quorum", o.answering, o.voters)
-	case o.leader && o.successor == "":
-		return false, "this node is the primary and nobody can take over: " + o.noSuccess
-	}
-	return true, ""
-}
-
-// leave takes this node out of the cluster: PostgreSQL's leadership goes to
-// another node first, then the node leaves etcd and the roster.
-func (n *Node) leave(ctx context.Context) (err error) {
-	srv, store := n.etcd.Load(), n.store.Load()
-	if srv == nil || store == nil {
-		return n.notReady()
-	}
-	st, err := srv.Status(ctx)
-	if err != nil {
-		return err
-	}
-	s := n.status(ctx)
-	o := leaveObservation{members: len(s.Members), leader: s.Leader == n.cfg.Name}
-	for _, m := range s.Members {
-		if m.voter() {
-			o.voters++
-			if m.Reachable {
-				o.answering++
-			}
-			o.voter = o.voter || m.Name == n.cfg.Name
-		}
-	}
-	w := n.snapshot()
-	oo := observation{leader: s.Leader, async: w.Settings.Async, paused: w.View.Paused, maxLag: patroni.MaxLagOnFailover, members: s.Members}
-	if o.noSuccess = noSuccessor(oo); o.noSuccess == "" {
-		o.successor = "yes"
-	}
-	if ok, why := decideLeave(o); !ok {
-		return &cluster.Error{Code: cluster.CodeConflict, Message: "this node cannot leave: " + why}
-	}
-	if o.members <= 1 {
-		return nil
-	}
-	n.log.Warn("leaving the cluster")
-	// The reconciler would start Patroni again; if this fails half way, it should.
-	n.leaving.Store(true)
-	defer func() { n.leaving.Store(err == nil) }()
-	if n.cfg.Role == cluster.RoleData {
-		if err := n.patroni.Stop(ctx); err != nil {
-			return fmt.Errorf("stop PostgreSQL: %w", err)
-		}
-		if err := n.stopPostgres(ctx); err != nil {
-			return err
-		}
-	}
-	if err := store.RemoveMember(ctx, n.cfg.Name); err != nil && !errors.Is(err, cluster.ErrNoMember) {
-		return err
-	}
-	return leaveEtcd(ctx, srv, st.MemberID)
-}
-
-// leaveEtcd removes this node's own member. The answer may be lost with the
-// membership, and the leader takes a learner that is on no roster out by
-// itself: what counts is that the member is out.
-func leaveEtcd(ctx context.Context, srv *embedded.Server, id uint64) error {
-	for {
-		try, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := srv.Remove(try, id)
-		cancel()
-		if err == nil || wasRemoved(ctx, srv) {
-			return nil
-		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("leave etcd: %w", err)
-		}
-	}
-}
-
-// wasRemoved waits a moment for a member to end, and tells whether it did
-// because others have taken it out.
-func wasRemoved(ctx context.Context, srv *embedded.Server) bool {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-srv.Done():
-		return errors.Is(srv.Err(), embedded.ErrRemoved)
-	}
 }

@@ -51,6 +51,8 @@ type Node struct {
 	patroni *supervisor.Process // data nodes only
 	haproxy *supervisor.Process // data nodes only
 	runtime *haproxy.Runtime
+	router  router
+	keeper  *gatekeeper // data nodes only
 	version patroni.Version
 
 	etcd  atomic.Pointer[embedded.Server]
@@ -58,22 +60,24 @@ type Node struct {
 
 	founded atomic.Bool // state.Founded as it is now; state itself never changes
 	leaving atomic.Bool // this node is leaving: what it has stopped stays so
+
+	stopping atomic.Bool // the node is being stopped, with PostgreSQL
+	takeMu  sync.Mutex  // one member is taken out at a time
 	renewMu sync.Mutex  // one renewal of certificates at a time
 
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy
 
-	routedTo string // the primary that HAProxy's sessions lead to; the reconciler's own
-
 	kick chan struct{} // wakes the reconciler
 	seen peers         // what the other members answered lately
 
 	mu        sync.Mutex
-	waiting   string            // what the start waits for; "" once it is over
-	problems  map[string]string // by part: what is wrong now
-	unread    int               // rounds in a row in which the state could not be read
-	world     world             // what the reconciler saw last
-	etcdState string            // running, or why not
+	waiting   string               // what the start waits for; "" once it is over
+	problems  map[string]string    // by part: what is wrong now
+	unread    int                  // rounds in a row in which the state could not be read
+	world     world                // what the reconciler saw last
+	admitted  map[string]admission // by name: members that the roster may not have shown yet
+	etcdState string               // running, or why not
 	rest      map[[3]string]*patroni.Client
 	lastTick  time.Time // when the reconciler last finished a round
 }
@@ -160,6 +164,10 @@ func wrongCertificates(err error) error {
 
 // openData prepares what only data nodes have.
 func (n *Node) openData() error {
+	if n.cfg.Postgres.DataDir == "" {
+		return fmt.Errorf("%s: postgres.data_dir is missing: put back the directory of this node's data (%s, unless it was adopted)",
+			n.paths.Config(), DefaultDataDir(n.paths, n.pgMajor()))
+	}
 	key, err := cluster.LoadSealingKey(n.paths.sealingKey())
 	if err != nil {
 		return fmt.Errorf("load sealing key: %w", err)
@@ -184,6 +192,7 @@ func (n *Node) openData() error {
 		return fmt.Errorf("prepare HAProxy: %w", err)
 	}
 	n.runtime = &haproxy.Runtime{Socket: n.haproxySocket()}
+	n.router.init(n)
 	return nil
 }
 
@@ -210,6 +219,11 @@ func (n *Node) Run(ctx context.Context) error {
 	n.loadCache()
 	// The firewall stands before anything listens.
 	n.applyFirewall(ctx)
+	closeGate, err := n.openGate(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeGate()
 
 	// Whatever a dead daemon has left running is taken over before anything
 	// that can wait: Patroni must not miss its etcd for long.
@@ -237,6 +251,9 @@ func (n *Node) Run(ctx context.Context) error {
 	serve("watch peers", n.seen.loop)
 	serve("watch firewall", n.watchFirewall)
 	serve("ping watchdog", n.pingWatchdog)
+	if n.cfg.Role == cluster.RoleData {
+		serve("route", n.router.loop)
+	}
 	err = run.Wait()
 	if ctx.Err() != nil {
 		err = nil // asked to stop
@@ -256,12 +273,13 @@ func (n *Node) stop(asked bool) error {
 	var err error
 	if !asked || why == systemd.RestartUnit {
 		n.log.Info("leaving Patroni and HAProxy running for the next daemon")
-		err = n.detachChildren()
+		err = errors.Join(n.promiseRestart(), n.detachChildren())
 	} else {
 		if err := systemd.NotifyStopping(); err != nil {
 			n.log.Warn("cannot tell systemd", "err", err)
 		}
 		n.log.Info("stopping the node", "why", why.String())
+		n.stopping.Store(true)
 		err = n.stopChildren()
 	}
 	if s := n.etcd.Swap(nil); s != nil {

@@ -56,16 +56,24 @@ func (n *Node) reconcile(ctx context.Context) {
 		return // nothing known yet: leave the host as it is
 	}
 	n.applyFirewall(ctx)
-	n.problem("certificates", n.renewCertificates(ctx, w))
+	n.partProblem(ctx, "certificates", n.renewCertificates(ctx, w))
 	if n.cfg.Role != cluster.RoleData {
 		if err == nil {
 			n.setWaiting("")
 		}
 		return
 	}
-	n.problem("patroni configuration", n.reconcilePatroni(ctx, w))
-	n.problem("haproxy configuration", n.reconcileHAProxy(ctx, w))
-	n.problem("haproxy sessions", n.cutOldSessions(ctx, w))
+	n.partProblem(ctx, "patroni configuration", n.reconcilePatroni(ctx, w))
+	n.partProblem(ctx, "haproxy configuration", n.reconcileHAProxy(ctx, w))
+	n.partProblem(ctx, "gate", n.keeper.reconcile(ctx, w))
+}
+
+// partProblem is problem for what was done under ctx: that it was cut short
+// because the daemon stops is none.
+func (n *Node) partProblem(ctx context.Context, part string, err error) {
+	if ctx.Err() == nil {
+		n.problem(part, err)
+	}
 }
 
 // observe reads the world from the local etcd member. Its reads are
@@ -139,6 +147,7 @@ func (n *Node) observed(err error) {
 
 func (n *Node) remember(w world) {
 	n.mu.Lock()
+	w.Members = n.withAdmitted(w.Members, time.Now())
 	n.world = w
 	n.mu.Unlock()
 }
@@ -221,7 +230,7 @@ func (n *Node) applyFirewall(ctx context.Context) {
 	if err == nil {
 		n.fwApplied = &p
 	}
-	n.problem("firewall", err)
+	n.partProblem(ctx, "firewall", err)
 }
 
 func (n *Node) firewallPolicy(w world) firewall.Policy {

@@ -31,6 +31,7 @@ type Report struct {
 	Postgres PostgresReport   `json:"postgres,omitzero"`
 	Children []ChildReport    `json:"children,omitempty"`
 	Certs    []CertReport     `json:"certificates"`
+	Gate     *GateReport      `json:"gate,omitempty"` // of a data node
 }
 
 // EtcdReport is the state of a node's etcd member. Indexes are raft's.
@@ -110,6 +111,7 @@ func (n *Node) report(ctx context.Context) Report {
 		}
 	}
 	r.Postgres = n.postgresReport(ctx, n.cfg.Address, n.cfg.Ports.Patroni)
+	r.Gate = n.keeper.report(ctx)
 	return r
 }
 
@@ -188,6 +190,9 @@ func (n *Node) status(ctx context.Context) Status {
 	s.Members, s.Leader = o.members, o.leader
 	s.Health, s.Promise, s.Survives, s.Verdict, s.ToDo = v.health, v.promise, v.survives, v.text, v.todo
 	s.Problems = self.Problems
+	if s.Gate = gateStatus(reports); s.Gate != nil {
+		s.Gate.Failovers = n.failovers(ctx, 5)
+	}
 	for _, m := range w.Members {
 		if m.Role == cluster.RoleData {
 			s.ReadWrite = append(s.ReadWrite, hostPort(m.Addr, m.Ports.ReadWrite))

@@ -29,7 +29,7 @@ type Step struct {
 func ResetSteps(p Paths, aside string) []Step {
 	return []Step{
 		{"stop the daemon, Patroni, PostgreSQL and HAProxy", func(ctx context.Context) error { return stopLeftovers(ctx, p) }},
-		{"remove the firewall's table", removeFirewall},
+		{"remove the firewall's tables", removeTables},
 		{"move the data aside", func(context.Context) error { return moveAside(p, aside) }},
 	}
 }
@@ -95,6 +95,11 @@ func terminate(ctx context.Context, pid int, sig syscall.Signal, limit time.Dura
 			return fmt.Errorf("process %d did not end within %s", pid, limit)
 		}
 	}
+}
+
+// removeTables takes pgha's tables out of the kernel; PostgreSQL is gone.
+func removeTables(ctx context.Context) error {
+	return errors.Join(removeFirewall(ctx), removeGate(ctx))
 }
 
 func removeFirewall(ctx context.Context) error {

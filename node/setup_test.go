@@ -190,6 +190,8 @@ func TestOpenRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, func(State) []string { return []string{"0644", "open to others"} }},
+		{"data directory not named", func(t *testing.T, p Paths, s State) { edit(t, p.Config(), "  data_dir:", "  # data_dir:") },
+			func(State) []string { return []string{"postgres.data_dir is missing", "/postgres/15/data"} }},
 		{"sealing key missing", func(t *testing.T, p Paths, s State) { remove(t, p.sealingKey()) }, func(State) []string { return []string{"sealing.key"} }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -308,6 +310,9 @@ func TestJoining(t *testing.T) {
 			cfg := testConfig("n2", role)
 			cfg.Cluster = "main" // a joiner learns the name with the answer
 			cfg.Address = netip.MustParseAddr("10.0.0.2")
+			if role == cluster.RoleData {
+				cfg.Postgres.DataDir = DefaultDataDir(p, 15)
+			}
 			tok := cluster.Token{ID: "t1", ClusterID: f.id.ID, Role: role}
 
 			asked := cfg

@@ -58,6 +58,7 @@ type Status struct {
 	ToDo      []string       `json:"to_do,omitempty"`
 	Waiting   string         `json:"waiting,omitempty"` // what this node's start waits for
 	Problems  []string       `json:"problems,omitempty"`
+	Gate      *GateStatus    `json:"gate,omitempty"`
 }
 
 // Promise says what happens to acknowledged commits when a node is lost.

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"pgha/internal/pgdata"
 )
 
 // ErrNoDatabase says that a directory holds no PostgreSQL database, or one whose
@@ -191,25 +193,17 @@ func InspectDataDir(dir string) (DataDirInfo, error) {
 // lives and is at work in dir. A pid that was given to another program since
 // does not count.
 func postmaster(dir string) (int, bool) {
-	data, err := os.ReadFile(filepath.Join(dir, "postmaster.pid"))
-	if err != nil {
+	file, err := pgdata.ReadPIDFile(dir)
+	if err != nil || file.PID < 0 {
 		return 0, false
 	}
-	first, _, _ := strings.Cut(string(data), "\n")
-	pid, err := strconv.Atoi(strings.TrimSpace(first))
-	if err != nil || pid <= 1 {
-		return 0, false
-	}
-	cwd, err := os.Stat(fmt.Sprintf("/proc/%d/cwd", pid))
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, false
-	}
+	works, err := pgdata.WorksIn(file.PID, dir)
 	if err != nil {
 		// Not ours to look at: it may be the postmaster, so say so.
-		return pid, true
+		return file.PID, true
 	}
-	if self, err := os.Stat(dir); err != nil || !os.SameFile(cwd, self) {
+	if !works {
 		return 0, false
 	}
-	return pid, true
+	return file.PID, true
 }

@@ -15,6 +15,10 @@ import (
 // cannot prove that the replacement works.
 func Launcher() []byte { return assets.PatroniLauncher }
 
+// PrePromote is a program in Python that asks the daemon whether PostgreSQL may
+// be promoted: PROGRAM SOCKET SECONDS. It exits 0 only with the daemon's yes.
+func PrePromote() []byte { return assets.PrePromote }
+
 // Interpreter returns the Python that runs patroniBin, and its arguments.
 func Interpreter(patroniBin string) (path string, args []string, err error) {
 	data, err := os.ReadFile(patroniBin)

@@ -20,10 +20,11 @@ type timers struct {
 	replication                 int // a replication peer is lost after this
 }
 
-// ttl bounds how long the loss of the primary's host goes unnoticed, and
-// retry_timeout how long etcd may be away before a healthy primary is demoted:
-// a restart of pgha, and with it of the embedded etcd, must stay well below it.
-// loop_wait + 2*retry_timeout must not exceed ttl.
+// The gate finds and replaces a lost primary long before ttl has run out; ttl
+// bounds what Patroni does by itself, and is long because a short one only adds
+// needless demotions. retry_timeout is how long etcd may be away before a healthy
+// primary is demoted: a restart of pgha, and with it of the embedded etcd, must
+// stay well below it. loop_wait + 2*retry_timeout must not exceed ttl.
 func (c Config) timers() timers {
 	switch c.Profile {
 	case ProfileSteady:
@@ -31,7 +32,7 @@ func (c Config) timers() timers {
 	case ProfileWide:
 		return timers{ttl: 90, loopWait: 10, retryTimeout: 40, replication: 20}
 	default:
-		return timers{ttl: 30, loopWait: 5, retryTimeout: 10, replication: 5}
+		return timers{ttl: 60, loopWait: 5, retryTimeout: 20, replication: 5}
 	}
 }
 

@@ -69,34 +69,6 @@ func realComplaints(out string) []string {
 	return real
 }
 
-// pythonCheck fails when urllib3 would be given pyOpenSSL (which it is as soon as
-// that is installed) without idna.
-const pythonCheck = `
-import importlib.util as u
-if u.find_spec("OpenSSL") and not u.find_spec("idna"):
-    raise SystemExit(3)
-`
-
-// CheckPython finds out whether the Python that runs patroniBin can verify
-// certificates. Where pyOpenSSL is installed and idna is not (neither is a
-// dependency of Debian's patroni), Patroni dies on the first certificate with a
-// DNS name, and says that it has no configuration store.
-func CheckPython(ctx context.Context, patroniBin string) error {
-	interpreter, args, err := Interpreter(patroniBin)
-	if err != nil {
-		return err
-	}
-	out, err := exec.CommandContext(ctx, interpreter, append(args, "-c", pythonCheck)...).CombinedOutput()
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit) && exit.ExitCode() == 3:
-		return errors.New("patroni cannot verify certificates: its Python has OpenSSL but not idna: install the package python3-idna")
-	case err != nil:
-		return fmt.Errorf("run %s: %w: %s", interpreter, err, lastLine(string(out)))
-	}
-	return nil
-}
-
 // osCredential returns the ids of PostgreSQL's OS user, with all its groups.
 func osCredential() (*syscall.Credential, error) {
 	u, err := user.Lookup(OSUser)

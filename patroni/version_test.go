@@ -59,22 +59,3 @@ func TestInstalledVersion(t *testing.T) {
 		t.Error("a missing program has a version")
 	}
 }
-
-func TestCheckPython(t *testing.T) {
-	for what, tc := range map[string]struct{ body, want string }{
-		"complete":     {"exit 0", ""},
-		"without idna": {"exit 3", "install the package python3-idna"},
-		"broken":       {"echo cannot load libpython >&2; exit 1", "cannot load libpython"},
-	} {
-		t.Run(what, func(t *testing.T) {
-			python := script(t, "#!/bin/sh\n"+tc.body)
-			err := CheckPython(t.Context(), script(t, "#!"+python+"\nimport patroni\n"))
-			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
-				t.Errorf("error %v, want %q", err, tc.want)
-			}
-		})
-	}
-	if err := CheckPython(t.Context(), script(t, "ELF")); err == nil {
-		t.Error("a program that is no script passes")
-	}
-}

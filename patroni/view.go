@@ -272,3 +272,17 @@ func validSystemID(s string) bool {
 	_, err := strconv.ParseUint(s, 10, 64)
 	return err == nil
 }
+
+// Synchronous says whether commits wait for a standby.
+func (v ClusterView) Synchronous() bool {
+	return truthy(v.Config["synchronous_mode"]) || v.Config["synchronous_mode"] == "quorum"
+}
+
+// MaxLag is how many bytes an asynchronous replica may lack and still be
+// promoted.
+func (v ClusterView) MaxLag() uint64 {
+	if n, ok := v.Config["maximum_lag_on_failover"].(float64); ok && n >= 0 {
+		return uint64(n)
+	}
+	return mib // Patroni's default
+}

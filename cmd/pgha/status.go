@@ -107,7 +107,14 @@ func unitHints(ctx context.Context) []string {
 // printStatus writes the page an operator lives by.
 func printStatus(w io.Writer, s node.Status) {
 	fmt.Fprintf(w, "Cluster  %s (%s), seen by %s\n", s.Cluster, s.ClusterID, s.SeenBy)
-	fmt.Fprintf(w, "Promise  %s\n\n", s.Promise.Text)
+	fmt.Fprintf(w, "Promise  %s\n", s.Promise.Text)
+	if s.Gate != nil {
+		fmt.Fprintf(w, "Gate     %s\n", s.Gate.GateText())
+		if len(s.Gate.Failovers) > 0 {
+			fmt.Fprintf(w, "Failover %s\n", node.FailoverText(s.Gate.Failovers[0]))
+		}
+	}
+	fmt.Fprintln(w)
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "MEMBER\tADDRESS\tROLE\tSTATE\tTL\tLAG\tETCD\tCERTIFICATE ENDS")
 	for _, m := range s.Members {

@@ -4,11 +4,11 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
 	"syscall"
+	"time"
 
 	"pgha/node"
 )
@@ -123,8 +123,9 @@ func checkLogs(e edge, host string) {
 	e.refused(host, []string{`there is no component "nothing"`, "haproxy"}, "logs", "nothing")
 }
 
-// follows runs pgha logs -f until it prints a line that is wanted; cause is
-// called once it runs.
+// follows runs pgha logs -f until it prints a line that is wanted. cause is
+// called again and again: what it writes before the command has found the log's
+// end is not followed.
 func (e edge) follows(host, component string, cause func(), want func(string) bool, more ...string) {
 	e.t.Helper()
 	ctx, cancel := context.WithCancel(e.long())
@@ -133,18 +134,22 @@ func (e edge) follows(host, component string, cause func(), want func(string) bo
 	out, err := cmd.StdoutPipe()
 	e.must(err)
 	e.must(cmd.Start())
-	e.until("pgha logs -f on "+host, func() error {
-		for _, p := range e.daemons(host) {
-			if p.Cmdline[1] == "logs" {
-				return nil
-			}
+	ended := make(chan bool, 1)
+	go func() {
+		found := false
+		for in := bufio.NewScanner(out); !found && in.Scan(); {
+			found = want(in.Text())
 		}
-		return errors.New("it does not run")
-	})
-	cause()
-	found := false
-	for in := bufio.NewScanner(out); !found && in.Scan(); {
-		found = want(in.Text())
+		ended <- found
+	}()
+	var found bool
+	for again := true; again; {
+		cause()
+		select {
+		case found = <-ended:
+			again = false
+		case <-time.After(time.Second):
+		}
 	}
 	cancel()
 	_ = cmd.Wait() // killed, if all is well
@@ -203,10 +208,10 @@ func daemonDown(e edge, host string) {
 	if p.code != 3 || s.Health != "unknown" || s.Verdict == "" || len(s.ToDo) == 0 {
 		e.t.Errorf("pgha status --json with the daemon down: exit status %d, %+v", p.code, s)
 	}
-	e.refused(host, []string{"pgha is not running on this host"}, "token", "list")
-	e.refused(host, []string{"pgha is not running on this host"}, "token", "create")
-	e.refused(host, []string{"pgha is not running on this host"}, "psql", "-c", "SELECT 1")
-	e.refused(host, []string{"pgha is not running on this host"}, "cert", "list")
+	e.refused(host, []string{"the daemon is not running on this host"}, "token", "list")
+	e.refused(host, []string{"the daemon is not running on this host"}, "token", "create")
+	e.refused(host, []string{"the daemon is not running on this host"}, "psql", "-c", "SELECT 1")
+	e.refused(host, []string{"the daemon is not running on this host"}, "cert", "list")
 	checkLogs(e, host)
 }
 

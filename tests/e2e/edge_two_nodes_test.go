@@ -36,6 +36,7 @@ func TestTwoNodes(t *testing.T) {
 		edgeStep{"ResetWitness", checkResetWitness},
 		edgeStep{"ResetPrimary", checkResetPrimary},
 		edgeStep{"ResetReplica", checkResetReplica},
+		edgeStep{"ResetOneOfTwoVoters", checkResetVoter},
 		edgeStep{"RemovedBehindItsBack", checkRemoved},
 	)
 }

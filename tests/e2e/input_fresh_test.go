@@ -97,7 +97,7 @@ func TestInputFresh(t *testing.T) {
 		{name: "run on no node", args: []string{"run"}, want: []string{"/etc/pgha/pgha.yml does not exist", "pgha init, or pgha join TOKEN"}},
 		{name: "reset of no node", args: []string{"reset", "--yes"}, want: []string{"this host is not a node: there is nothing to reset"}},
 		{name: "psql on no node", args: []string{"psql"}, want: []string{"not a node of a cluster"}},
-		{name: "token on no node", args: []string{"token", "create"}, want: []string{"pgha is not running on this host"}},
+		{name: "token on no node", args: []string{"token", "create"}, want: []string{"the daemon is not running on this host"}},
 		{name: "logs of no node", args: []string{"logs"}, want: []string{"there is no log yet"}},
 		{name: "certificates of no node", args: []string{"cert", "ca"}, want: []string{"ca.crt"}},
 

@@ -1,0 +1,424 @@
+package gate
+
+import (
+	"fmt"
+	"math"
+	"time"
+)
+
+// Pass is whom the kernel lets through to this node's PostgreSQL.
+type Pass string
+
+// What the kernel is asked for.
+const (
+	// Keep leaves the kernel as it is: a new daemon does not yet know.
+	Keep Pass = "keep"
+	// Nobody shuts the gate.
+	Nobody Pass = "nobody"
+	// AsOwner lets clients write.
+	AsOwner Pass = "owner"
+	// AsReplica lets clients read a PostgreSQL that is proved to be in recovery.
+	AsReplica Pass = "replica"
+)
+
+// Want is what the kernel should do now.
+type Want struct {
+	Pass  Pass
+	Until Moment // for AsOwner and AsReplica; the kernel shuts by itself then
+	// Reset answers with resets instead of silence: another node is known to be
+	// the owner, so that no session here can ever go on.
+	Reset bool
+	Why   string
+}
+
+// Machine is the gate of one node: it decides, and does nothing itself. Its
+// driver feeds it with what happens and carries out what it asks for; the
+// simulation is another such driver. It is not safe for concurrent use.
+//
+// The driver's part: Local for news of PostgreSQL; then Want, which is carried
+// out and reported with Applied; then Next, whose Op is sent and whose answer is
+// given to Done; and again. Between Next and Done the other calls are allowed.
+type Machine struct {
+	self   string
+	timers Timers
+	off    guards
+
+	view   View
+	viewed bool
+	seenAt Moment // when the record was first seen at its present revision
+
+	quorumSince Moment
+	quorum      bool
+	lastDone    Moment // when the last transaction that went through was sent
+
+	local  Local
+	hungAt Moment
+
+	// As owner.
+	lease       Moment // until when the gate may be open by the last commit
+	beatAt      Moment // when the last beat was sent
+	extend      time.Duration
+	ownedAt     Moment // when this ownership began
+	wasPrimary  bool   // PostgreSQL was seen writable under it
+	wasOwner    bool   // this daemon was owner of the record before the present one
+	gaveUp      Moment // when a promotion failed here
+	outstanding Moment // the kernel may pass clients until then
+	kernelShut  bool   // the kernel is known to be shut
+
+	pending *Op    // sent, not answered
+	unsure  Moment // when an answer was lost that may have made this node the owner, or may yet
+	oath    Moment // until when this node has promised to keep off
+}
+
+// NewMachine returns the gate of the node self. kernel is until when the kernel
+// may let clients through by what an earlier daemon told it, now if it is shut.
+func NewMachine(self string, t Timers, kernel Moment) *Machine {
+	return &Machine{self: self, timers: t, outstanding: kernel}
+}
+
+// SetTimers changes the timers. Promises given before stay good.
+func (m *Machine) SetTimers(t Timers) { m.timers = t }
+
+// Local takes news of this node's PostgreSQL and Patroni.
+func (m *Machine) Local(l Local) {
+	if l.Process == Hung && m.local.Process != Hung {
+		m.hungAt = l.At
+	}
+	if m.owner() {
+		switch {
+		case l.Process == Primary:
+			m.wasPrimary = true
+		case l.Process == Recovery && m.wasPrimary: // demoted; it may be promoted again
+			m.wasPrimary, m.ownedAt = false, l.At
+		}
+	}
+	m.local = l
+}
+
+// owner says whether the last view names this node.
+func (m *Machine) owner() bool {
+	return m.viewed && m.view.Record != nil && m.view.Record.Owner == m.self
+}
+
+func (m *Machine) observe(now Moment) observation {
+	since := func(t Moment) time.Duration { return max(now.Sub(t), 0) }
+	o := observation{
+		self: m.self, now: now, view: m.view, t: m.timers, local: m.local, localAge: now.Sub(m.local.At),
+		silent: since(m.seenAt), sinceBeat: since(m.beatAt), kernel: m.kernelShut,
+		oath: max(m.oath.Sub(now), 0),
+	}
+	if !m.off.on(guardOath) {
+		o.oath = 0
+	}
+	if m.quorum {
+		o.quorum = since(m.quorumSince)
+	}
+	if m.gaveUp != (Moment{}) {
+		o.cooldown = max(10*m.timers.Help-since(m.gaveUp), 0)
+	}
+	if m.local.Process == Hung {
+		o.hung = since(m.hungAt)
+	}
+	if m.owner() {
+		if !m.wasPrimary {
+			o.stalled = since(m.ownedAt)
+		}
+		o.wantOpen = m.extend > 0 || (m.view.Record.State != Open && m.local.Process == Primary)
+	}
+	return o
+}
+
+// Want says what the kernel should do now.
+func (m *Machine) Want(now Moment) Want {
+	if !m.viewed {
+		return Want{Pass: Keep, Why: "etcd has not been read yet"}
+	}
+	o := m.observe(now)
+	if m.owner() {
+		return m.wantAsOwner(o)
+	}
+	if m.closing(o) {
+		return Want{Pass: Nobody, Why: "becoming the owner"}
+	}
+	if m.local.Process == Recovery {
+		// Whoever is proved to be a replica now is one until pre_promote has asked.
+		if until := m.local.At.Add(m.timers.Promise); until.Mono > now.Mono {
+			return Want{Pass: AsReplica, Until: until, Why: "PostgreSQL is in recovery"}
+		}
+	}
+	w := Want{Pass: Nobody, Why: "this node is not the owner"}
+	w.Reset = m.view.Record != nil && m.wasOwner && m.local.Process != Recovery
+	return w
+}
+
+func (m *Machine) wantAsOwner(o observation) Want {
+	if why := surrender(o); why != "" {
+		return Want{Pass: Nobody, Why: why}
+	}
+	switch {
+	case m.local.Process == Recovery || (m.local.Process == Gone && m.local.Restarting):
+		return Want{Pass: Nobody, Why: "PostgreSQL does not take writes yet"}
+	case m.lease.Mono <= o.now.Mono:
+		// Whatever is in the kernel runs out by itself, at a time that counts as
+		// promised.
+		return Want{Pass: Keep, Why: "no commit within the promise"}
+	case m.local.Process == Primary || m.wasPrimary:
+		return Want{Pass: AsOwner, Until: m.lease, Why: "owner"}
+	}
+	return Want{Pass: Keep, Why: "PostgreSQL is " + string(m.local.Process)}
+}
+
+// closing says whether the gate has to be shut because this node is about to
+// become, or may already be, the owner.
+func (m *Machine) closing(o observation) bool {
+	if !m.off.on(guardShutFirst) {
+		return false
+	}
+	if p := m.pending; p != nil && p.Kind != Read && p.Kind != Beat && p.Kind != Release {
+		return true
+	}
+	if m.view.Leader == m.self {
+		return true // Patroni is about to promote
+	}
+	take, _ := decideTakeover(o, m.off)
+	return take
+}
+
+// Applied reports that the kernel does what w asked for. It must not be called
+// unless the kernel has confirmed it.
+func (m *Machine) Applied(w Want) {
+	if m.kernelShut = w.Pass == Nobody; m.kernelShut {
+		m.outstanding = Moment{}
+	}
+}
+
+// Applying must be called before w is carried out: from then on the kernel may
+// pass clients, whether it answers or not.
+func (m *Machine) Applying(w Want) {
+	m.kernelShut = false
+	if w.Pass == AsOwner || w.Pass == AsReplica {
+		m.outstanding = later(m.outstanding, w.Until)
+	}
+}
+
+// unsureFor is for how long a transaction whose answer was lost may still be
+// carried out: it may wait in a connection that is cut and comes back.
+const unsureFor = 30 * time.Second
+
+// Admit says whether PostgreSQL here may be promoted now. Patroni asks before
+// each promotion, whoever decided on it.
+func (m *Machine) Admit(now Moment) (bool, string) {
+	switch {
+	case !m.viewed:
+		return false, "etcd has not been read yet"
+	case !m.owner():
+		_, why := decideClaim(m.observe(now), m.off)
+		return false, why
+	case m.lease.Mono <= now.Mono:
+		return false, "no commit within the promise"
+	case surrender(m.observe(now)) != "":
+		return false, surrender(m.observe(now))
+	case !m.kernelShut && !m.wasPrimary:
+		return false, "the gate of the replica is not yet shut"
+	}
+	return true, "this node is the owner"
+}
+
+// Next returns the transaction to send now, with Kind None if there is none. The
+// clock must be read right before.
+func (m *Machine) Next(now Moment) (Op, string) {
+	op, why := m.next(now)
+	if op.Kind != None {
+		op.At = now
+		m.pending = &op
+		if op.Kind == Beat {
+			m.beatAt = now
+		}
+	}
+	return op, why
+}
+
+func (m *Machine) next(now Moment) (Op, string) {
+	read := Op{Kind: Read}
+	if !m.viewed || (!m.quorum && !m.owner()) {
+		return read, "etcd does not answer"
+	}
+	o := m.observe(now)
+	if m.owner() {
+		kind, why := decideOwner(o)
+		switch kind {
+		case Beat:
+			return m.write(Beat, now, m.beatState()), why
+		case Release:
+			return m.write(Release, now, Shut), why
+		}
+		if why != "" || now.Sub(m.lastDone) >= m.timers.Beat {
+			return read, why
+		}
+		return Op{}, ""
+	}
+	closed := m.kernelShut || !m.off.on(guardShutFirst)
+	if ok, why := decideCreate(o); ok {
+		if !closed {
+			return read, "shutting the gate first"
+		}
+		return m.write(Create, now, Promoting), why
+	}
+	ok, why := decideClaim(o, m.off)
+	kind := Claim
+	if !ok && m.view.Leader != m.self {
+		ok, why = decideTakeover(o, m.off)
+		kind = Takeover
+	}
+	switch {
+	case !ok:
+		return read, why
+	case !closed:
+		return read, "shutting the gate first"
+	}
+	return m.write(kind, now, Promoting), why
+}
+
+func (m *Machine) beatState() State {
+	switch {
+	case m.local.Process == Primary || (m.wasPrimary && m.local.Process != Recovery):
+		return Open
+	case m.view.Record.State == Shut:
+		return Promoting // a beat makes it possible to open again
+	}
+	return m.view.Record.State
+}
+
+// write makes the operation that puts a new record.
+func (m *Machine) write(kind Kind, now Moment, state State) Op {
+	op := Op{Kind: kind}
+	v := m.view
+	if m.off.on(guardRecord) {
+		op.Record = &v.RecordRev
+	}
+	if m.off.on(guardLeader) && kind != Release {
+		op.Leader = &v.Leader
+	}
+	var old Record
+	if v.Record != nil {
+		old = *v.Record
+	}
+	op.Put = Record{Owner: m.self, Epoch: old.Epoch, Seq: old.Seq + 1, State: state}
+	promise := m.timers.Promise
+	switch kind {
+	case Beat:
+		promise = max(promise, m.extend)
+		// The kernel may still have more time by an earlier, longer promise, and
+		// nobody knows whether the next update will reach it.
+		if m.off.on(guardOutstanding) {
+			promise = max(promise, m.outstanding.Sub(now))
+		}
+	case Takeover, Claim, Create:
+		op.Put.Epoch++
+		if kind == Takeover {
+			op.TakeLeader = v.Lease
+			op.Config = &v.ConfigRev
+			if m.off.on(guardLease) {
+				op.Lease = &v.Lease
+			}
+			if v.Synchronous && m.off.on(guardSync) {
+				op.Sync = &v.Sync.Rev
+			}
+		}
+	}
+	op.Put.PromiseMS = int64(math.Ceil(float64(promise) / float64(time.Millisecond)))
+	return op
+}
+
+// Done takes the answer to op. now is the clock after it came. With an error it
+// is unknown whether op was carried out.
+func (m *Machine) Done(op Op, r Result, err error, now Moment) {
+	m.pending = nil
+	if err != nil {
+		m.quorum = false
+		if op.Kind == Takeover || op.Kind == Claim || op.Kind == Create {
+			m.unsure = now
+		}
+		return
+	}
+	// A node that was stopped itself has not been watching.
+	if paused := op.At.Sub(m.lastDone) > m.timers.Attempt+2*m.timers.Beat; !m.quorum || paused {
+		m.quorum, m.quorumSince = true, op.At
+	}
+	m.lastDone = op.At
+	if !m.viewed || r.View.RecordRev != m.view.RecordRev {
+		m.seenAt = now
+	}
+	before := m.owner()
+	m.view, m.viewed = r.View, true
+	if !m.owner() {
+		m.wasOwner = m.wasOwner || before
+		m.lease = Moment{}
+		return
+	}
+	if !before {
+		m.ownedAt, m.wasPrimary, m.lease = now, m.local.Process == Primary, Moment{}
+	}
+	if r.Done && op.Kind != Read && op.Kind != Release {
+		from := op.At
+		if !m.off.on(guardSend) {
+			from = now
+		}
+		m.lease = from.Add(op.Put.Promise())
+		if op.Kind == Beat && op.Put.Promise() >= m.extend {
+			m.extend = 0
+		}
+	}
+	if m.view.Record.State == Shut {
+		m.lease = Moment{}
+	}
+}
+
+// Extend asks for one promise of d, for a planned restart. Extended says when it
+// is given.
+func (m *Machine) Extend(d time.Duration) { m.extend = d }
+
+// Extending says whether that promise is still to be committed.
+func (m *Machine) Extending() bool { return m.extend > 0 }
+
+// Asking says whether the owner should now ask the others to keep off, because
+// its beats fail while its gate is still open, and for how long.
+func (m *Machine) Asking(now Moment) (time.Duration, bool) {
+	// The gate of an owner that knows it has lost is never held open.
+	ok := m.owner() && !m.quorum && m.wasPrimary && m.lease.Mono > now.Mono && m.view.Record.State == Open
+	return m.timers.Promise, ok
+}
+
+// Swear is the other side: owner asks this node not to become owner for d. An
+// error says that it will not promise.
+func (m *Machine) Swear(owner string, epoch uint64, d time.Duration, now Moment) error {
+	r := m.view.Record
+	switch {
+	case m.viewed && r != nil && (r.Owner != owner || r.Epoch != epoch):
+		return fmt.Errorf("the gate is owned by %s since epoch %d", r.Owner, r.Epoch)
+	case m.pending != nil && m.pending.Kind != Read, m.unsure != (Moment{}) && now.Sub(m.unsure) < unsureFor:
+		return fmt.Errorf("this node is becoming the owner")
+	case d > time.Minute:
+		return fmt.Errorf("%s is longer than any promise", d)
+	}
+	m.oath = later(m.oath, now.Add(d+Margin(d)))
+	return nil
+}
+
+// Sworn takes the agreement of all others to a question sent at the moment at.
+func (m *Machine) Sworn(at Moment, d time.Duration, now Moment) {
+	// It holds an open gate open; it never opens one that has shut.
+	if m.owner() && m.lease.Mono > now.Mono {
+		m.lease = later(m.lease, at.Add(d))
+	}
+}
+
+// GiveUp makes this node leave promotions to others for a while.
+func (m *Machine) GiveUp(now Moment) { m.gaveUp = now }
+
+func later(a, b Moment) Moment {
+	if a.Mono > b.Mono {
+		return a
+	}
+	return b
+}

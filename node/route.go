@@ -1,0 +1,105 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"pgha/cluster"
+	"pgha/gate"
+	"pgha/haproxy"
+	"pgha/supervisor"
+)
+
+// router leads HAProxy to the gate's owner as soon as this node knows of it.
+// HAProxy's own checks are the safety net: they find the same a little later,
+// and go on when the daemon is away.
+type router struct {
+	n    *Node
+	kick chan struct{}
+
+	mu     sync.Mutex
+	target route
+
+	done route // what HAProxy was told last; the loop's own
+}
+
+// route is where writing clients are led.
+type route struct {
+	owner string
+	epoch uint64
+	open  bool // its PostgreSQL takes writes
+}
+
+func (r *router) init(n *Node) { r.n, r.kick = n, make(chan struct{}, 1) }
+
+// tell notes what the gate knows; it does not block.
+func (r *router) tell(s gate.Status) {
+	r.mu.Lock()
+	r.target = route{owner: s.Owner, epoch: s.Epoch, open: s.State == gate.Open}
+	r.mu.Unlock()
+	r.wake()
+}
+
+func (r *router) wake() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// loop follows the target, and tries again what HAProxy could not be told.
+func (r *router) loop(ctx context.Context) error {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.kick:
+		case <-t.C:
+		}
+		r.mu.Lock()
+		want := r.target
+		r.mu.Unlock()
+		if want == r.done || want.owner == "" {
+			continue
+		}
+		if st := r.n.haproxy.Status(); st.State != supervisor.Running || st.Health.Checked.IsZero() {
+			continue // told when it runs
+		}
+		err := r.follow(ctx, want)
+		if err == nil {
+			r.done = want
+		}
+		if ctx.Err() == nil {
+			r.n.problem("haproxy routing", err)
+		}
+	}
+}
+
+// follow tells HAProxy: the sessions to everybody but the owner end, and no new
+// ones begin there; the owner is used once it takes writes.
+func (r *router) follow(ctx context.Context, want route) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var errs []error
+	moved := want.owner != r.done.owner || want.epoch != r.done.epoch
+	for _, m := range r.n.snapshot().Members {
+		if m.Role != cluster.RoleData || m.Name == want.owner || !moved {
+			continue
+		}
+		errs = append(errs,
+			r.n.runtime.SetServerHealth(ctx, haproxy.BackendReadWrite, m.Name, false),
+			r.n.runtime.ShutdownSessions(ctx, haproxy.BackendReadWrite, m.Name))
+	}
+	if want.open {
+		errs = append(errs, r.n.runtime.SetServerHealth(ctx, haproxy.BackendReadWrite, want.owner, true))
+	}
+	err := errors.Join(errs...)
+	if err == nil {
+		r.n.log.Info("HAProxy leads to the owner", "owner", want.owner, "epoch", want.epoch, "open", want.open)
+	}
+	return err
+}
