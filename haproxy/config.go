@@ -92,11 +92,11 @@ type timers struct {
 func (c Config) timers() timers {
 	switch c.Profile {
 	case ProfileSteady:
-		return timers{"3s", "4s", "2s", "1s", "1s", 3, "10s", "20s"}
+		return timers{"1s", "4s", "2s", "1s", "1s", 3, "10s", "20s"}
 	case ProfileWide:
-		return timers{"5s", "8s", "3s", "1s", "1s", 3, "20s", "40s"}
+		return timers{"2s", "8s", "3s", "1s", "1s", 3, "20s", "40s"}
 	default:
-		return timers{"2s", "2s", "1s", "500ms", "500ms", 2, "5s", "10s"}
+		return timers{"500ms", "2s", "1s", "500ms", "500ms", 2, "5s", "10s"}
 	}
 }
 

@@ -107,6 +107,10 @@ type Writer struct {
 // hide an outage.
 const writeTimeout = 2 * time.Second
 
+// dialTimeout bounds the TCP handshake of an attempt: a host that is gone does
+// not answer, and a load balancer would not have chosen it.
+const dialTimeout = 500 * time.Millisecond
+
 // StartWriter begins to write through port 5432 of the hosts, the first one by
 // preference. IDs start at base.
 func (b *Bed) StartWriter(ctx context.Context, base int64, hosts ...string) (*Writer, error) {
@@ -165,6 +169,12 @@ func (w *Writer) write(ctx context.Context, conn **pgx.Conn, addr string, id int
 		c, err := AppConfig(w.lab, w.pool, addr, 5432)
 		if err != nil {
 			return err
+		}
+		dial := c.DialFunc
+		c.DialFunc = func(ctx context.Context, network, a string) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+			defer cancel()
+			return dial(ctx, network, a)
 		}
 		if *conn, err = pgx.ConnectConfig(ctx, c); err != nil {
 			*conn = nil
