@@ -12,7 +12,7 @@ VERSION ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),dev)
 TEST_PACKAGES = \
 	postgresql patroni python3-etcd python3-dnspython python3-idna haproxy nftables \
 	debootstrap systemd systemd-container dbus util-linux mount iproute2 procps \
-	openssl ca-certificates python3 python3-yaml gcc libc6-dev
+	openssl ca-certificates python3 python3-yaml gcc libc6-dev e2fsprogs
 
 # As a user, only what needs it runs as root: compiling does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -21,12 +21,12 @@ ROOT_EXEC := $(if $(SUDO),-exec 'sudo -E')
 # Room for two cores that whole clusters share. One package at a time where the
 # hosts of a test keep both busy; a run that hangs shows its goroutines.
 GO_TEST = $(GO) test -race -timeout 30m $(ROOT_EXEC)
-SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/systemd/...
+SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/systemd/... ./tests/faults/...
 
 LINT = $(GO) tool -modfile=tools/go.mod golangci-lint
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test unit scenarios deps check fmt-check vet lint clean
+.PHONY: help build demo test soak unit scenarios deps check fmt-check vet lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ unit: ## test the packages
 
 scenarios: build ## test etcd members, whole clusters and booted hosts together
 	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 1 $(SCENARIOS)
+
+# A run takes hours: ROUNDS=1 does each fault once.
+ROUNDS ?= 20
+
+soak: deps build ## do every fault 20 times (ROUNDS) and write docs/FAULTS.md
+	PGHA_BIN=$(abspath $(BIN)) PGHA_SOAK=$(ROUNDS) $(GO) test -race -timeout 48h $(ROOT_EXEC) -v -run TestFaults ./tests/faults
 
 deps: ## install the Debian packages that the tests need
 	@$(GO) build -buildvcs=false -o bin/install-packages ./tests/packages

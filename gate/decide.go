@@ -26,6 +26,7 @@ type observation struct {
 	stalled   time.Duration // for how long PostgreSQL has not become writable under this ownership
 	hung      time.Duration // for how long PostgreSQL has been hung
 	kernel    bool          // the kernel is known to be shut
+	admitted  bool          // a promotion was allowed here and has not been seen
 	wantOpen  bool          // a beat is wanted at once
 }
 
@@ -230,6 +231,8 @@ func decideHelp(o observation, helped int, foreign time.Duration) (help, string)
 		return helpRestartPatroni, fmt.Sprintf("PostgreSQL has not been promoted within %s", o.stalled.Round(time.Millisecond))
 	case v.Record != nil && !owner && v.Leader != "" && v.Leader != o.self && o.local.Process == Primary && foreign >= o.t.Help && helped == 0:
 		return helpStopPostgres, fmt.Sprintf("%s is the owner and PostgreSQL here has not been demoted within %s", v.Record.Owner, foreign.Round(time.Millisecond))
+	case v.Record != nil && !owner && o.admitted && foreign >= o.t.Help && helped == 0:
+		return helpRestartPatroni, "it may still act on a permission to promote that is no longer good"
 	}
 	return helpNone, ""
 }

@@ -75,7 +75,6 @@ type Gate struct {
 	beat    time.Duration
 	helped  int
 	foreign Moment // since when another node has been the owner
-	epoch   uint64 // the last one seen
 	failed  error  // the kernel's last error
 	change  chan struct{}
 	trace   tracer
@@ -365,6 +364,7 @@ func (g *Gate) Kick() {
 func (g *Gate) Doubt() {
 	g.mu.Lock()
 	g.sure = false
+	g.m.Applying(Want{Pass: Keep})
 	g.mu.Unlock()
 	g.Kick()
 }

@@ -20,6 +20,7 @@ const (
 	guardOutstanding                    // a shorter promise covers a longer one before it
 	guardOath                           // who promised to keep off keeps off
 	guardAsk                            // without a quorum the gate stays open only if all others agree
+	guardPermit                         // a replica's gate stays shut while a promotion may be to come
 	lastGuard
 )
 

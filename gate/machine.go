@@ -29,6 +29,8 @@ type Want struct {
 	// the owner, so that no session here can ever go on.
 	Reset bool
 	Why   string
+
+	from Moment // when it was decided
 }
 
 // Machine is the gate of one node: it decides, and does nothing itself. Its
@@ -64,6 +66,8 @@ type Machine struct {
 	gaveUp      Moment // when a promotion failed here
 	outstanding Moment // the kernel may pass clients until then
 	kernelShut  bool   // the kernel is known to be shut
+	admitted    Moment // when a promotion was allowed that may still be to come
+	admittedTo  uint64 // and to which Patroni
 
 	pending *Op    // sent, not answered
 	unsure  Moment // when an answer was lost that may have made this node the owner, or may yet
@@ -71,7 +75,8 @@ type Machine struct {
 }
 
 // NewMachine returns the gate of the node self. kernel is until when the kernel
-// may let clients through by what an earlier daemon told it, now if it is shut.
+// may let clients through by what an earlier daemon told it, with a [Margin] for
+// the kernel's clock, or the zero Moment if it is shut.
 func NewMachine(self string, t Timers, kernel Moment) *Machine {
 	return &Machine{self: self, timers: t, outstanding: kernel}
 }
@@ -88,9 +93,17 @@ func (m *Machine) Local(l Local) {
 		switch {
 		case l.Process == Primary:
 			m.wasPrimary = true
-		case l.Process == Recovery && m.wasPrimary: // demoted; it may be promoted again
+		case l.Process == Recovery && (m.wasPrimary || m.local.Process == Gone || m.local.Process == Starting):
+			// Demoted or started anew; it may be promoted again.
 			m.wasPrimary, m.ownedAt = false, l.At
+		case l.Process == Recovery && l.Replayed > m.local.Replayed:
+			m.ownedAt = l.At // what it has received comes first
 		}
+	}
+	// A promotion that was allowed is over when it has been seen, and comes to
+	// nothing without a PostgreSQL, or when the Patroni is gone that was told.
+	if l.At.Mono > m.admitted.Mono && (l.Process == Primary || l.Process == Gone || l.Patroni != m.admittedTo) {
+		m.admitted = Moment{}
 	}
 	m.local = l
 }
@@ -105,12 +118,12 @@ func (m *Machine) observe(now Moment) observation {
 	o := observation{
 		self: m.self, now: now, view: m.view, t: m.timers, local: m.local, localAge: now.Sub(m.local.At),
 		silent: since(m.seenAt), sinceBeat: since(m.beatAt), kernel: m.kernelShut,
-		oath: max(m.oath.Sub(now), 0),
+		oath: max(m.oath.Sub(now), 0), admitted: m.admitted != (Moment{}) && m.off.on(guardPermit),
 	}
 	if !m.off.on(guardOath) {
 		o.oath = 0
 	}
-	if m.quorum {
+	if m.quorum && !m.slept(now) {
 		o.quorum = since(m.quorumSince)
 	}
 	if m.gaveUp != (Moment{}) {
@@ -130,6 +143,12 @@ func (m *Machine) observe(now Moment) observation {
 
 // Want says what the kernel should do now.
 func (m *Machine) Want(now Moment) Want {
+	w := m.want(now)
+	w.from = now
+	return w
+}
+
+func (m *Machine) want(now Moment) Want {
 	if !m.viewed {
 		return Want{Pass: Keep, Why: "etcd has not been read yet"}
 	}
@@ -139,6 +158,9 @@ func (m *Machine) Want(now Moment) Want {
 	}
 	if m.closing(o) {
 		return Want{Pass: Nobody, Why: "becoming the owner"}
+	}
+	if o.admitted {
+		return Want{Pass: Nobody, Why: "PostgreSQL may be promoted by a permission given before"}
 	}
 	if m.local.Process == Recovery {
 		// Whoever is proved to be a replica now is one until pre_promote has asked.
@@ -197,7 +219,8 @@ func (m *Machine) Applied(w Want) {
 func (m *Machine) Applying(w Want) {
 	m.kernelShut = false
 	if w.Pass == AsOwner || w.Pass == AsReplica {
-		m.outstanding = later(m.outstanding, w.Until)
+		// The kernel counts with a clock that may run slower than this one.
+		m.outstanding = later(m.outstanding, w.Until.Add(Margin(w.Until.Sub(w.from))))
 	}
 }
 
@@ -218,9 +241,10 @@ func (m *Machine) Admit(now Moment) (bool, string) {
 		return false, "no commit within the promise"
 	case surrender(m.observe(now)) != "":
 		return false, surrender(m.observe(now))
-	case !m.kernelShut && !m.wasPrimary:
+	case !m.kernelShut && !m.wasPrimary && m.off.on(guardShutFirst):
 		return false, "the gate of the replica is not yet shut"
 	}
+	m.admitted, m.admittedTo = now, m.local.Patroni
 	return true, "this node is the owner"
 }
 
@@ -231,8 +255,13 @@ func (m *Machine) Next(now Moment) (Op, string) {
 	if op.Kind != None {
 		op.At = now
 		m.pending = &op
-		if op.Kind == Beat {
+		switch op.Kind {
+		case Beat:
 			m.beatAt = now
+		case Release:
+			// From now on the record may say that the gate is shut, whether an
+			// answer comes or not. Only another commit can open it again.
+			m.lease = Moment{}
 		}
 	}
 	return op, why
@@ -341,15 +370,14 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 		}
 		return
 	}
-	// A node that was stopped itself has not been watching.
-	if paused := op.At.Sub(m.lastDone) > m.timers.Attempt+2*m.timers.Beat; !m.quorum || paused {
-		m.quorum, m.quorumSince = true, op.At
+	if !m.quorum || m.slept(op.At) {
+		m.quorum, m.quorumSince = true, now
 	}
 	m.lastDone = op.At
 	if !m.viewed || r.View.RecordRev != m.view.RecordRev {
 		m.seenAt = now
 	}
-	before := m.owner()
+	before, leader, first := m.owner(), m.view.Leader, !m.viewed
 	m.view, m.viewed = r.View, true
 	if !m.owner() {
 		m.wasOwner = m.wasOwner || before
@@ -357,7 +385,12 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 		return
 	}
 	if !before {
+		if first { // an earlier daemon may have allowed what has not been seen
+			m.admitted, m.admittedTo = now, m.local.Patroni
+		}
 		m.ownedAt, m.wasPrimary, m.lease = now, m.local.Process == Primary, Moment{}
+	} else if leader != m.self && m.view.Leader == m.self && !m.wasPrimary {
+		m.ownedAt = now // Patroni has the key again, and another try
 	}
 	if r.Done && op.Kind != Read && op.Kind != Release {
 		from := op.At
@@ -374,6 +407,12 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 	}
 }
 
+// slept says whether this node had been stopped itself at the moment at: it has
+// not been watching then.
+func (m *Machine) slept(at Moment) bool {
+	return at.Sub(m.lastDone) > m.timers.Attempt+2*m.timers.Beat
+}
+
 // Extend asks for one promise of d, for a planned restart. Extended says when it
 // is given.
 func (m *Machine) Extend(d time.Duration) { m.extend = d }
@@ -386,7 +425,12 @@ func (m *Machine) Extending() bool { return m.extend > 0 }
 func (m *Machine) Asking(now Moment) (time.Duration, bool) {
 	// The gate of an owner that knows it has lost is never held open.
 	ok := m.owner() && !m.quorum && m.wasPrimary && m.lease.Mono > now.Mono && m.view.Record.State == Open
-	return m.timers.Promise, ok
+	if !ok {
+		return 0, false
+	}
+	// Not for longer than the record says: a member that is started anew forgets
+	// that it was asked, and waits for that.
+	return min(m.timers.Promise, m.view.Record.Promise()), true
 }
 
 // Swear is the other side: owner asks this node not to become owner for d. An
@@ -414,7 +458,11 @@ func (m *Machine) Sworn(at Moment, d time.Duration, now Moment) {
 }
 
 // GiveUp makes this node leave promotions to others for a while.
-func (m *Machine) GiveUp(now Moment) { m.gaveUp = now }
+func (m *Machine) GiveUp(now Moment) {
+	if m.gaveUp == (Moment{}) || now.Sub(m.gaveUp) >= 10*m.timers.Help {
+		m.gaveUp = now
+	}
+}
 
 func later(a, b Moment) Moment {
 	if a.Mono > b.Mono {

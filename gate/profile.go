@@ -32,9 +32,12 @@ func TimersOf(profile string) Timers {
 	return t
 }
 
-// Margin is what a candidate waits beyond a promise: for clocks whose rates
-// differ by up to 5% each way, and for the kernel's timers.
-func Margin(promise time.Duration) time.Duration { return 50*time.Millisecond + promise/10 }
+// Margin is what a candidate waits beyond a promise, for clocks that do not run
+// at the same rate. The kernel's timers follow the owner's clock, which chrony
+// slews by up to 8.3% (its maxslewrate); the candidate counts with a clock that
+// nobody slews (see SystemClock). A fast owner needs 9.1% of the promise then;
+// the rest is for crystals and for the timers' granularity.
+func Margin(promise time.Duration) time.Duration { return 50*time.Millisecond + promise*11/100 }
 
 // Validate checks what the protocol needs of the timers: room for three beats
 // in a promise, so that one lost message never shuts a gate, and a settling

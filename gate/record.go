@@ -154,15 +154,19 @@ type Local struct {
 	// At is the clock before PostgreSQL was asked.
 	At      Moment
 	Process Process
-	// Timeline, Received (bytes) and StreamedAt (when replication was last seen
-	// to stream) are a replica's.
+	// Timeline, Received and Replayed (bytes) and StreamedAt (when replication was
+	// last seen to stream) are a replica's.
 	Timeline   int
 	Received   uint64
+	Replayed   uint64
 	StreamedAt time.Duration
 	// Restarting says that Patroni is restarting PostgreSQL on purpose.
 	Restarting bool
 	// PatroniUp says that Patroni answers and can act.
 	PatroniUp bool
+	// Patroni tells one process of Patroni from the next; 0 = there is none. A
+	// permission to promote ends with the process to which it was given.
+	Patroni uint64
 	// Stopping says that this node is being stopped or leaves the cluster.
 	Stopping bool
 }

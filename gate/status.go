@@ -14,7 +14,7 @@ type Status struct {
 	Leader string `json:"leader"`
 	// Self is true on the owner.
 	Self bool `json:"self"`
-	// Passes is what the kernel was asked for, and Why.
+	// Passes is what the kernel was asked for last, and Why what holds now.
 	Passes Pass   `json:"passes"`
 	Why    string `json:"why,omitempty"`
 	// Held is for how long yet the owner's gate is open without another commit.
@@ -41,7 +41,7 @@ func (g *Gate) Status() Status {
 func (g *Gate) status(now Moment) Status {
 	v := g.m.view
 	s := Status{
-		Owner: ownerOf(v), State: stateOf(v), Leader: v.Leader, Self: g.m.owner(), Passes: g.applied.Pass, Why: g.applied.Why,
+		Owner: ownerOf(v), State: stateOf(v), Leader: v.Leader, Self: g.m.owner(), Passes: g.applied.Pass, Why: g.m.Want(now).Why,
 		Silent: max(now.Sub(g.m.seenAt), 0), Quorum: g.m.quorum, Waits: g.why,
 	}
 	if v.Record != nil {

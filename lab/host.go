@@ -27,6 +27,8 @@ type Host struct {
 	name  string
 	index int
 	dir   string
+	// volumes are where its own volumes are mounted; written before it boots.
+	volumes []string
 
 	power  sync.Mutex // held over PowerOn, PowerOff, Freeze and Thaw
 	frozen []int      // PIDs that Freeze has stopped; guarded by power

@@ -113,7 +113,7 @@ func setUpHost(s spec) error {
 	}
 	// The disk comes first, as it may lie in what is about to be hidden.
 	for _, m := range hostMounts {
-		if err := unix.Mount(filepath.Join(s.Dir, m.disk), m.point, "", unix.MS_BIND, ""); err != nil {
+		if err := unix.Mount(filepath.Join(s.Dir, m.disk), m.point, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m.point, err)
 		}
 	}

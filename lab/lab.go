@@ -43,6 +43,9 @@ type HostOptions struct {
 	// TmpfsBytes, if not 0, makes /var/lib/pgha a tmpfs of that size instead of
 	// a directory on disk. It outlives PowerOff, but not the lab.
 	TmpfsBytes int64
+	// Volumes are further disks, mounted below /var/lib/pgha. They outlive
+	// PowerOff, but not the lab.
+	Volumes []Volume
 }
 
 // Lab is a set of hosts on one switch. Its methods may be called from several
@@ -63,6 +66,8 @@ type Lab struct {
 	mu       sync.Mutex
 	hosts    []*Host
 	cuts     map[pair]bool
+	oneWay   map[pair]bool // from the first to the second
+	ports    map[uint16]bool
 	isolated map[string]bool
 	closed   bool
 }
@@ -109,7 +114,8 @@ func New(ctx context.Context, opts Options) (*Lab, error) {
 	}
 	l := &Lab{
 		dir: dir, log: log.With("component", "lab"), marker: marker, claim: c,
-		calls: make(chan func()), done: make(chan struct{}), cuts: map[pair]bool{}, isolated: map[string]bool{},
+		calls: make(chan func()), done: make(chan struct{}), cuts: map[pair]bool{}, oneWay: map[pair]bool{},
+		ports: map[uint16]bool{}, isolated: map[string]bool{},
 	}
 	if err := l.startThread(); err != nil {
 		return nil, errors.Join(fmt.Errorf("create lab: %w", err), c.release())
@@ -283,6 +289,9 @@ func (l *Lab) bringUp(ctx context.Context, h *Host, opts HostOptions) error {
 		if err != nil {
 			return fmt.Errorf("mount tmpfs of %d bytes: %w", opts.TmpfsBytes, err)
 		}
+	}
+	if err := h.mountVolumes(opts.Volumes); err != nil {
+		return err
 	}
 	if err := l.writeHostsFile(); err != nil {
 		return err

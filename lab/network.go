@@ -273,10 +273,15 @@ func (l *Lab) applyCuts() error {
 			Hooknum: hook, Priority: nftables.ChainPriorityFilter,
 		})
 	}
-	for _, d := range drops(l.cuts, l.isolated) {
+	for _, d := range slices.Concat(drops(l.cuts, l.isolated), oneWayDrops(l.oneWay)) {
 		exprs := slices.Concat(matchName(expr.MetaKeyIIFNAME, d.iif), matchName(expr.MetaKeyOIFNAME, d.oif),
 			[]expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})
 		conn.AddRule(&nftables.Rule{Table: table, Chain: chains[d.hook], Exprs: exprs})
+	}
+	for port := range l.ports {
+		for _, exprs := range dropPort(port) {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chains["forward"], Exprs: exprs})
+		}
 	}
 	if err := conn.Flush(); err != nil {
 		return fmt.Errorf("replace the switch's rules (the kernel needs nftables' bridge family): %w", err)

@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -275,8 +276,8 @@ func (h *Host) thaw() error {
 }
 
 // FillDisk fills the file system at a path of the host until nothing fits, and
-// returns what empties it again. It refuses any but a tmpfs of the lab: see
-// HostOptions.TmpfsBytes.
+// returns what empties it again. It refuses any but a tmpfs or volume of the
+// lab: see HostOptions.
 func (h *Host) FillDisk(path string) (undo func() error, err error) {
 	if !h.Alive() {
 		return nil, fmt.Errorf("fill disk: %w", h.errOff())
@@ -285,13 +286,19 @@ func (h *Host) FillDisk(path string) (undo func() error, err error) {
 	if err := unix.Statfs(h.Path(path), &st); err != nil {
 		return nil, fmt.Errorf("fill disk: look at %s on %s: %w", path, h.name, err)
 	}
-	if st.Type != unix.TMPFS_MAGIC {
-		return nil, fmt.Errorf("fill disk: %s on %s lies on the machine's disk: add the host with TmpfsBytes", path, h.name)
+	if st.Type != unix.TMPFS_MAGIC && !h.hasVolume(path) {
+		return nil, fmt.Errorf("fill disk: %s on %s lies on the machine's disk: add the host with TmpfsBytes or Volumes", path, h.name)
 	}
 	name := filepath.Join(path, ".pgha-lab-fill")
 	f, err := os.OpenFile(h.Path(name), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("fill disk: %w", err)
+	}
+	// Most of it at once, where the file system can; the rest is written.
+	if most := int64(st.Bavail) * st.Bsize / 10 * 9; unix.Fallocate(int(f.Fd()), 0, 0, most) == nil {
+		if _, err := f.Seek(most, io.SeekStart); err != nil {
+			return nil, errors.Join(fmt.Errorf("fill disk: %w", err), f.Close(), os.Remove(f.Name()))
+		}
 	}
 	for chunk := make([]byte, 1<<20); len(chunk) > 0; {
 		// Smaller and smaller, as a page may have become free since.

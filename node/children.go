@@ -302,6 +302,10 @@ func (n *Node) mustWait(w world) (bool, string) {
 	case !w.View.Initialized && !n.state.Founder:
 		return true, "waiting for the first node to initialise PostgreSQL"
 	}
+	if n.keeper != nil {
+		why := n.keeper.reactor.held()
+		return why != "", why
+	}
 	return false, ""
 }
 

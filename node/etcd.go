@@ -20,13 +20,6 @@ import (
 // operator has to mend, such as a full disk.
 const retryEtcd = 5 * time.Second
 
-// profiles are the raft timers. They must be the same on every member.
-var profiles = map[string]embedded.Profile{
-	"fast":   {Heartbeat: 100 * time.Millisecond, Election: time.Second},
-	"steady": {Heartbeat: 250 * time.Millisecond, Election: 2500 * time.Millisecond},
-	"wide":   {Heartbeat: 500 * time.Millisecond, Election: 5 * time.Second},
-}
-
 // runEtcd starts the etcd member and keeps it. What an operator can mend is
 // tried again without a restart of the daemon; a fatal error inside etcd ends
 // the daemon, because etcd's own state is then undefined.
@@ -142,22 +135,13 @@ func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
 }
 
 func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
-	world := n.snapshot()
-	name := world.Settings.Profile
-	if name == "" && n.state.Settings != nil { // the founder's first start
-		name = n.state.Settings.Profile
-	}
-	profile, ok := profiles[name]
-	if !ok {
-		profile = profiles["fast"]
-	}
 	bundle := n.pki.BundlePath(pki.RoleNode)
 	c := embedded.Config{
 		Name: n.cfg.Name, DataDir: n.paths.etcd(),
 		PeerURL:  peerURL(n.cfg.Address, n.cfg.Ports),
 		CertFile: bundle, KeyFile: bundle, CAFile: n.pki.CAPath(),
 		Token: n.state.ClusterID, InitialCluster: maps.Clone(n.state.InitialCluster),
-		Bootstrap: n.state.Founder && !n.founded.Load(), Profile: profile,
+		Bootstrap: n.state.Founder && !n.founded.Load(), Profile: raft,
 		FatalFile: n.paths.etcdFatal(),
 		OnFatal: func(err error) {
 			select {
@@ -168,7 +152,7 @@ func (n *Node) etcdConfig(fatal chan<- error) embedded.Config {
 		Log: n.opts.Log,
 	}
 	if n.founded.Load() { // whom to ask if this member's data is lost
-		for _, m := range world.Members {
+		for _, m := range n.snapshot().Members {
 			c.InitialCluster[m.Name] = m.PeerURL()
 		}
 	}

@@ -37,6 +37,7 @@ type gatekeeper struct {
 	gate    *gate.Gate
 	kernel  *kernel.Kernel
 	watcher *postgres.Watcher
+	reactor *reactor
 
 	mu   sync.Mutex
 	kept []gate.Failover // to this node, not yet stored
@@ -59,12 +60,15 @@ func (n *Node) newGate(ctx context.Context) (*gatekeeper, error) {
 	g := &gatekeeper{n: n, kernel: k}
 	c := gate.Config{
 		Self: n.cfg.Name, Timers: gate.TimersOf(n.snapshot().Settings.Profile),
-		Store: gateStore{n}, Kernel: gateKernel{k}, Peers: gatePeers{n}, Actor: g,
+		Store: gateStore{n}, Kernel: &gateKernel{k: k}, Peers: gatePeers{n}, Actor: g,
 		Changed: g.changed, Failover: g.failedOver, Log: n.opts.Log,
 	}
 	now := gate.SystemClock{}.Now()
-	if was.Open {
-		c.Held = now.Add(was.Remaining)
+	switch {
+	case was.Open:
+		c.Held = now.Add(was.Remaining + gate.Margin(was.Remaining))
+	case was.Role != "": // the wall clock has gone ahead: only that keeps it shut
+		c.Held = now.Add(restartPromise)
 	}
 	g.gate = gate.New(c)
 	g.watcher = postgres.New(postgres.Config{
@@ -72,6 +76,7 @@ func (n *Node) newGate(ctx context.Context) (*gatekeeper, error) {
 		Every: 100 * time.Millisecond, Timeout: time.Second, HungAfter: 5 * time.Second,
 		Now: func() time.Duration { return gate.SystemClock{}.Now().Mono }, Log: n.opts.Log,
 	})
+	g.reactor = &reactor{n: n, watcher: g.watcher, gate: g.gate}
 	return g, nil
 }
 
@@ -148,9 +153,13 @@ func (g *gatekeeper) run(ctx context.Context) {
 	wg.Go(func() { _ = g.watcher.Run(ctx) })
 	wg.Go(func() { g.feed(ctx) })
 	wg.Go(func() { g.watchKernel(ctx) })
+	wg.Go(func() { g.reactor.run(ctx) })
 	wg.Go(func() {
-		if err := g.serveHook(ctx); err != nil {
-			g.n.problem("promotion hook", err)
+		for ctx.Err() == nil {
+			if err := g.serveHook(ctx); ctx.Err() == nil {
+				g.n.problem("promotion hook", err)
+				sleep(ctx, time.Second)
+			}
 		}
 	})
 	wg.Wait()
@@ -177,7 +186,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 		last = p
 		st := g.n.patroni.Status()
 		l := gate.Local{
-			At: moment(p.At), Process: gate.Process(p.Kind), Timeline: p.Timeline, Received: p.ReceivedLSN, StreamedAt: p.StreamedAt,
+			At: moment(p.At), Process: gate.Process(p.Kind), Timeline: p.Timeline, Received: p.ReceivedLSN, Replayed: p.ReplayedLSN, StreamedAt: p.StreamedAt,
 			PatroniUp: st.State == supervisor.Running && st.Health.Err == "" && !st.Health.Checked.IsZero(),
 			Stopping:  g.n.leaving.Load() || g.n.stopping.Load(),
 		}
@@ -314,23 +323,54 @@ func (g *gatekeeper) serveHook(ctx context.Context) error {
 	return serveHTTP(ctx, l, mux, g.n.opts.Log)
 }
 
-// gateKernel lets the gate speak to the kernel.
-type gateKernel struct{ k *kernel.Kernel }
+// gateKernel lets the gate speak to the kernel. The gate uses it from one
+// goroutine at a time.
+type gateKernel struct {
+	k       *kernel.Kernel
+	replica bool // no session of an ownership can be left
+}
 
-// Open implements gate.Kernel.
-func (g gateKernel) Open(ctx context.Context, as gate.Pass, until gate.Moment) error {
-	role := kernel.Replica
+// Open implements gate.Kernel. Answers that this node gave as an owner, and that
+// the gate has held back, must not leave when it opens as a replica.
+func (g *gateKernel) Open(ctx context.Context, as gate.Pass, until gate.Moment) error {
 	if as == gate.AsOwner {
-		role = kernel.Owner
+		g.replica = false
+		return g.k.Open(ctx, kernel.Owner, until)
 	}
-	return g.k.Open(ctx, role, until)
+	if !g.replica {
+		// An earlier daemon may have opened it as a replica.
+		if was, err := g.k.Read(ctx); err != nil {
+			return err
+		} else if !was.Open || was.Role != kernel.Replica {
+			if err := g.endSessions(ctx); err != nil {
+				return err
+			}
+		}
+		g.replica = true
+	}
+	return g.k.Open(ctx, kernel.Replica, until)
+}
+
+func (g *gateKernel) endSessions(ctx context.Context) error {
+	if err := g.k.Shut(ctx); err != nil {
+		return err
+	}
+	_, err := g.k.EndSessions(ctx)
+	return err
 }
 
 // Shut implements gate.Kernel.
-func (g gateKernel) Shut(ctx context.Context) error { return g.k.Shut(ctx) }
+func (g *gateKernel) Shut(ctx context.Context) error { return g.k.Shut(ctx) }
 
-// Reset implements gate.Kernel.
-func (g gateKernel) Reset(ctx context.Context, on bool) error { return g.k.Moved(ctx, on) }
+// Reset implements gate.Kernel. When ownership has moved, sessions end on this
+// side too, as this node may become the owner again.
+func (g *gateKernel) Reset(ctx context.Context, on bool) error {
+	if err := g.k.Moved(ctx, on); err != nil || !on {
+		return err
+	}
+	_, err := g.k.EndSessions(ctx)
+	return err
+}
 
 // removeGate takes the gate out of the kernel; PostgreSQL must be gone.
 func removeGate(ctx context.Context) error {
@@ -354,8 +394,11 @@ type GateReport struct {
 func (g *gatekeeper) report(ctx context.Context) *GateReport {
 	r := &GateReport{Status: g.gate.Status()}
 	st, err := g.kernel.Read(ctx)
-	if err != nil {
+	switch {
+	case err != nil:
 		r.Error = err.Error()
+	case !st.Installed:
+		r.Error = "the gate is not in the kernel: nothing is gated"
 	}
 	r.Open, r.OpenAs, r.Remaining, r.Dropped = st.Open, string(st.Role), st.Remaining, st.Dropped.Packets
 	return r

@@ -147,6 +147,7 @@ func (n *Node) leave(ctx context.Context) (err error) {
 		if err := n.stopPostgres(ctx); err != nil {
 			return err
 		}
+		n.waitShut(ctx)
 	}
 	removed := func() bool { return errors.Is(srv.Err(), embedded.ErrRemoved) }
 	return n.askOut(ctx, whomToAsk(n.cfg.Name, w.Members, s.Members), st.MemberID, removed)

@@ -57,8 +57,8 @@ func newLeaving(t *testing.T) leaving {
 		t.Cleanup(srv.Stop)
 		l.servers[name] = srv
 		initial[name] = m.PeerURL()
+		l.must(srv.WaitReady(ctx)) // the next one may ask this one who is there
 		if name == "n1" {
-			l.must(srv.WaitReady(ctx))
 			n.etcd.Store(srv)
 			n.store.Store(cluster.NewStore(srv.Client(), n.state.ClusterID))
 			n.cfg.Ports = m.Ports

@@ -62,8 +62,8 @@ type Node struct {
 	leaving atomic.Bool // this node is leaving: what it has stopped stays so
 
 	stopping atomic.Bool // the node is being stopped, with PostgreSQL
-	takeMu  sync.Mutex  // one member is taken out at a time
-	renewMu sync.Mutex  // one renewal of certificates at a time
+	takeMu   sync.Mutex  // one member is taken out at a time
+	renewMu  sync.Mutex  // one renewal of certificates at a time
 
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy

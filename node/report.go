@@ -53,6 +53,10 @@ type PostgresReport struct {
 	Timeline       int    `json:"timeline"`
 	LSN            uint64 `json:"lsn"` // written by a primary, received by a replica
 	PendingRestart bool   `json:"pending_restart"`
+	// DiskFree and DiskTotal are of the file system of its WAL, in bytes; 0 when
+	// not known.
+	DiskFree  uint64 `json:"disk_free,omitempty"`
+	DiskTotal uint64 `json:"disk_total,omitempty"`
 }
 
 // ChildReport is the state of a supervised process.
@@ -111,7 +115,11 @@ func (n *Node) report(ctx context.Context) Report {
 		}
 	}
 	r.Postgres = n.postgresReport(ctx, n.cfg.Address, n.cfg.Ports.Patroni)
-	r.Gate = n.keeper.report(ctx)
+	if n.keeper != nil { // not before the daemon runs
+		disk := n.keeper.watcher.Latest()
+		r.Postgres.DiskFree, r.Postgres.DiskTotal = disk.DiskFree, disk.DiskTotal
+		r.Gate = n.keeper.report(ctx)
+	}
 	return r
 }
 

@@ -181,7 +181,7 @@ func assess(o observation) verdict {
 
 // silentToDo tells a dead primary, whose lease has to run out, from a cut link.
 func silentToDo(o observation) []string {
-	successor := fmt.Sprintf("if %s is down, wait: a replica takes over by itself when its lease has run out", o.silent)
+	successor := fmt.Sprintf("if %s is down, wait: a replica takes over by itself within seconds", o.silent)
 	if why := noSuccessor(o); why != "" {
 		successor = fmt.Sprintf("no replica can take over: %s", why)
 	}

@@ -42,7 +42,7 @@ func TestAssess(t *testing.T) {
 			o.leader, o.silent = "", "n1"
 			o.members[0].Reachable, o.members[0].Postgres = false, ""
 		},
-			NoLeader, false, "n1 does not answer", "when its lease has run out", false},
+			NoLeader, false, "n1 does not answer", "takes over by itself within seconds", false},
 		{"primary silent, replica behind", func(o *observation) {
 			o.leader, o.silent = "", "n1"
 			o.members[0].Reachable, o.members[0].Postgres, o.members[1].Sync = false, "", false

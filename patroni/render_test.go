@@ -166,7 +166,7 @@ func TestDynamicPatch(t *testing.T) {
 		{"a member left and came back", current(func(map[string]any) {}), []string{"db-2"}, map[string]any{}},
 		{"the operator's slot", current(func(m map[string]any) { slots(m)["barman"] = physical }), nil, map[string]any{}},
 		{"the operator's settings", current(func(m map[string]any) { m["postgresql"].(map[string]any)["parameters"] = nil }), nil, map[string]any{}},
-		{"a safety setting changed", current(func(m map[string]any) { m["failsafe_mode"], m["ttl"] = true, 20 }), nil, map[string]any{"failsafe_mode": false, "ttl": 30}},
+		{"a safety setting changed", current(func(m map[string]any) { m["failsafe_mode"], m["ttl"] = true, 20 }), nil, map[string]any{"failsafe_mode": false, "ttl": 60}},
 		{"slots removed whole", current(func(m map[string]any) { m["slots"] = nil }), nil, map[string]any{"slots": map[string]any{"db_1": physical, "db_2": physical}}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -34,7 +35,8 @@ SELECT coalesce(pg_wal_lsn_diff(greatest(pg_last_wal_receive_lsn(), pg_last_wal_
 SELECT pg_wal_lsn_diff(w.lsn, '0/0')::int8,
        ('x' || substr(pg_walfile_name(w.lsn), 1, 8))::bit(32)::int4,
        s.pid IS NOT NULL, coalesce(s.application_name, ''), coalesce(s.state, ''), coalesce(s.sync_state, ''),
-       coalesce(greatest(pg_wal_lsn_diff(w.lsn, s.flush_lsn), 0)::int8, -1)
+       coalesce(greatest(pg_wal_lsn_diff(w.lsn, s.flush_lsn), 0)::int8, -1), s.reply_time,
+       (SELECT count(*) FROM pg_stat_get_activity(NULL) WHERE wait_event = 'SyncRep')
   FROM (SELECT pg_current_wal_lsn() AS lsn) w LEFT JOIN pg_stat_replication s ON true
  ORDER BY s.application_name, s.pid`
 
@@ -187,9 +189,14 @@ func askPrimary(ctx context.Context, conn *pgx.Conn, p *Probe) error {
 	}
 	var r Replica
 	var is bool
-	_, err = pgx.ForEachRow(rows, []any{&p.WriteLSN, &p.Timeline, &is, &r.Name, &r.State, &r.SyncState, &r.LagBytes}, func() error {
+	var reply *time.Time
+	_, err = pgx.ForEachRow(rows, []any{&p.WriteLSN, &p.Timeline, &is, &r.Name, &r.State, &r.SyncState, &r.LagBytes, &reply, &p.SyncWaiting}, func() error {
 		if !is {
 			return nil
+		}
+		r.ReplyTime = time.Time{}
+		if reply != nil {
+			r.ReplyTime = *reply
 		}
 		p.Replicas = append(p.Replicas, r)
 		if r.SyncState == "sync" || r.SyncState == "quorum" {

@@ -1,6 +1,6 @@
 // Package postgres tells what the local PostgreSQL is doing, and tells it at
-// once. It looks, and ends replication connections when asked to; it starts and
-// stops nothing.
+// once. It looks; when asked to, it ends replication connections, or a server that
+// hangs. It starts nothing.
 //
 // Invariants:
 //

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +15,9 @@ import (
 // ProveGone reports whether no PostgreSQL is left of the data directory: the
 // postmaster in its pid file does not live, no process holds the segment of
 // shared memory that the file names, and no process that works in the directory
-// holds any. Without a pid file, and without a directory, the last alone counts.
-// False is no proof of the opposite. An error means that it could not be told.
+// holds any. Without a pid file, and without a directory, the last alone counts;
+// a server whose directory was moved away cannot be told then. False is no proof
+// of the opposite. An error means that it could not be told.
 func ProveGone(dataDir string) (bool, error) {
 	_, left, err := proveGone(dataDir)
 	return err == nil && left == "", err
@@ -36,7 +36,7 @@ func proveGone(dataDir string) (pgdata.PIDFile, string, error) {
 			return file, "", err
 		}
 		if is {
-			return file, fmt.Sprintf("process %d is the server", file.PID), nil
+			return file, fmt.Sprintf("process %d of the pid file is a server", max(file.PID, -file.PID)), nil
 		}
 	}
 	if file.HasShm {
@@ -45,7 +45,7 @@ func proveGone(dataDir string) (pgdata.PIDFile, string, error) {
 			return file, "", err
 		}
 		if n > 0 {
-			return file, fmt.Sprintf("%d processes hold the shared memory of a server whose postmaster has ended", n), nil
+			return file, fmt.Sprintf("the postmaster has ended; processes left on its shared memory: %d", n), nil
 		}
 	}
 	// The segment is enough, unless somebody has removed the pid file, or the
@@ -96,39 +96,48 @@ func attached(key int32, id int) (uint64, error) {
 }
 
 // holder returns a process that works in dataDir and holds shared memory, or 0.
-func holder(dataDir string) (int, error) {
+func holder(dataDir string) (found int, err error) {
+	err = holders(dataDir, func(pid int) bool {
+		found = pid
+		return false
+	})
+	return found, err
+}
+
+// holders calls f for each process that works in dataDir and holds shared
+// memory, until f returns false.
+func holders(dataDir string, f func(pid int) bool) error {
+	dir, err := pgdata.Look(dataDir)
+	if err != nil {
+		return err
+	}
 	proc, err := os.Open("/proc")
 	if err != nil {
-		return 0, fmt.Errorf("list processes: %w", err)
+		return fmt.Errorf("list processes: %w", err)
 	}
 	names, err := proc.Readdirnames(-1)
 	if err := errors.Join(err, proc.Close()); err != nil {
-		return 0, fmt.Errorf("list processes: %w", err)
+		return fmt.Errorf("list processes: %w", err)
 	}
-	removed := filepath.Clean(dataDir) + " (deleted)"
 	for _, name := range names {
 		pid, err := strconv.Atoi(name)
 		if err != nil {
 			continue
 		}
-		works, err := pgdata.WorksIn(pid, dataDir)
+		works, err := dir.HasAtWork(pid)
 		if err != nil {
-			return 0, err
-		}
-		if !works {
-			cwd, err := os.Readlink(filepath.Join("/proc", name, "cwd"))
-			works = err == nil && cwd == removed
+			return err
 		}
 		if !works {
 			continue
 		}
 		holds, err := holdsSharedMemory(pid)
 		if err != nil {
-			return 0, err
+			return err
 		}
-		if holds {
-			return pid, nil
+		if holds && !f(pid) {
+			return nil
 		}
 	}
-	return 0, nil
+	return nil
 }

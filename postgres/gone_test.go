@@ -7,13 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"pgha/internal/pgdata"
 )
 
 func checkGone(t *testing.T, dir string, want bool) {
@@ -24,14 +23,17 @@ func checkGone(t *testing.T, dir string, want bool) {
 	}
 }
 
-// removeSegment removes a server's segment as ipcrm does: it loses its key at
-// once, and is freed when the last process lets go of it.
+// removeSegment removes a server's segment, if its pid file names one, as ipcrm
+// does: it loses its key at once, and is freed when the last process lets go.
 func removeSegment(t *testing.T, dir string) {
 	t.Helper()
-	f, err := pgdata.ReadPIDFile(dir)
-	must(t, err)
-	if !f.HasShm {
-		t.Fatalf("no segment in the pid file: %+v", f)
+	f, err := readPIDFile(dir)
+	if err != nil || !f.HasShm {
+		return
+	}
+	var desc unix.SysvShmDesc
+	if _, err := unix.SysvShmCtl(f.ShmID, unix.IPC_STAT, &desc); err != nil || desc.Perm.Key != f.ShmKey {
+		return // it has gone, and the id may be another's
 	}
 	_, err = unix.SysvShmCtl(f.ShmID, unix.IPC_RMID, nil)
 	must(t, err)
@@ -105,11 +107,6 @@ func TestProveGoneWithoutServer(t *testing.T) {
 			}
 		})
 	}
-
-	// A directory that was removed under its server is told by the kernel's name
-	// for it; this process holds no shared memory, so it is not one.
-	must(t, os.RemoveAll(s.data))
-	checkGone(t, s.data, true)
 }
 
 // TestProveGoneSegment: a segment counts if it is the one in the pid file.
@@ -143,6 +140,10 @@ func TestProveGoneSegment(t *testing.T) {
 	t.Chdir(dir)
 	checkGone(t, dir, false)
 	must(t, os.Remove(filepath.Join(dir, "postmaster.pid")))
+	checkGone(t, dir, false)
+	must(t, os.RemoveAll(dir)) // the kernel still knows where this process was
+	checkGone(t, dir, false)
+	must(t, os.Mkdir(dir, 0o700))
 	checkGone(t, dir, false)
 	t.Chdir("/")
 	checkGone(t, dir, true)
@@ -182,4 +183,27 @@ func TestClockWasSet(t *testing.T) {
 	}
 	w.kind(t, Primary, Gone)
 	must(t, os.Rename(path+".away", path))
+}
+
+// TestKill ends a server that hears nothing.
+func TestKill(t *testing.T) {
+	s := newServer(t)
+	s.ctl(t, "start")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	bystander := startIn(t, s.data)
+	s.signal(t, unix.SIGSTOP, s.pids(t)...)
+	s.signal(t, unix.SIGCONT, bystander)
+	must(t, Kill(ctx, s.data))
+	checkGone(t, s.data, true)
+	s.signal(t, unix.SIGCONT, s.pids(t)...) // the logger, which ends by itself
+	waitFor(t, "all but the bystander to end", func() bool { return slices.Equal(s.pids(t), []int{bystander}) })
+	must(t, Kill(ctx, s.data)) // nothing is left to end
+
+	removeSegment(t, s.data)
+	s.write(t, "postmaster.pid", "")
+	cancel()
+	if err := Kill(ctx, s.data); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "postmaster.pid") {
+		t.Errorf("what cannot be proved: %v", err)
+	}
 }

@@ -14,15 +14,15 @@ const (
 	// Gone is proved: there is no postmaster, and no process is left attached to
 	// its shared memory.
 	Gone Kind = "gone"
-	// Starting: the postmaster is there, and refuses connections with 57P03. It is
+	// Starting means that the postmaster is there, and refuses connections with 57P03. It is
 	// starting up, shutting down, or in recovery and not yet consistent. It says
 	// nothing of sessions that were opened before.
 	Starting Kind = "starting"
-	// Recovery: it has answered that it is in recovery, so it takes no writes.
+	// Recovery means that it has answered that it is in recovery, so it takes no writes.
 	Recovery Kind = "recovery"
-	// Primary: it has answered that it is not in recovery.
+	// Primary means that it has answered that it is not in recovery.
 	Primary Kind = "primary"
-	// Hung: the postmaster is there and has not answered for Config.HungAfter, on
+	// Hung means that the postmaster is there and has not answered for Config.HungAfter, on
 	// the kept connection or on new ones.
 	Hung Kind = "hung"
 )
@@ -60,6 +60,9 @@ type Probe struct {
 	SyncStandbys []string
 	// Replicas are the primary's replication connections, by name.
 	Replicas []Replica
+	// SyncWaiting is how many of the primary's sessions wait for a synchronous
+	// standby to confirm a commit.
+	SyncWaiting int
 	// DiskFree and DiskTotal are of the file system of the WAL (the data
 	// directory's, unless pg_wal is a link to elsewhere), in bytes. DiskFree is what
 	// PostgreSQL may use. Both are 0 when not known: look at DiskTotal first.
@@ -75,6 +78,9 @@ type Replica struct {
 	State     string // startup, catchup, streaming, backup or stopping
 	SyncState string // async, potential, sync or quorum
 	LagBytes  int64  // of WAL that it has not flushed to its disk; -1 when not known
+	// ReplyTime is when it sent its last reply, by its own clock; zero before the
+	// first. It changes with each sign of life.
+	ReplyTime time.Time
 }
 
 // Config is what a Watcher needs to know.

@@ -74,6 +74,7 @@ func emptyServer(t *testing.T) *server {
 			s.signal(t, syscall.SIGKILL, pids...) // ends a stopped process too
 			return len(pids) == 0
 		})
+		removeSegment(t, s.data)
 		must(t, os.RemoveAll(dir))
 	})
 	return s
@@ -211,8 +212,15 @@ func (s *server) config(t *testing.T) Config {
 	}
 }
 
+// watching is a watcher that runs, with a subscription.
+type watching struct {
+	*Watcher
+	ch  <-chan Probe
+	now func() time.Duration
+}
+
 // watch runs a watcher until the test ends.
-func watch(t *testing.T, cfg Config) *watch1 {
+func watch(t *testing.T, cfg Config) *watching {
 	t.Helper()
 	w := New(cfg)
 	w.tryNewEvery = 100 * time.Millisecond
@@ -227,18 +235,12 @@ func watch(t *testing.T, cfg Config) *watch1 {
 			t.Errorf("Run: %v", err)
 		}
 	})
-	return &watch1{Watcher: w, ch: ch, now: w.cfg.Now}
-}
-
-type watch1 struct {
-	*Watcher
-	ch  <-chan Probe
-	now func() time.Duration
+	return &watching{Watcher: w, ch: ch, now: w.cfg.Now}
 }
 
 // until reads probes until one is as wanted, and fails if one comes before that
 // may not.
-func (w *watch1) until(t *testing.T, what string, want func(Probe) bool, never ...Kind) Probe {
+func (w *watching) until(t *testing.T, what string, want func(Probe) bool, never ...Kind) Probe {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
@@ -259,7 +261,7 @@ func (w *watch1) until(t *testing.T, what string, want func(Probe) bool, never .
 }
 
 // kind is until for a kind, in a probe that was begun after the call.
-func (w *watch1) kind(t *testing.T, k Kind, never ...Kind) Probe {
+func (w *watching) kind(t *testing.T, k Kind, never ...Kind) Probe {
 	t.Helper()
 	from := w.now()
 	return w.until(t, string(k), func(p Probe) bool { return p.Kind == k && p.At >= from }, never...)

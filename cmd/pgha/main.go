@@ -70,7 +70,7 @@ func newApp() *cli.App {
 			return fmt.Errorf("%w: see pgha help", err)
 		},
 		Commands: []*cli.Command{
-			initCommand(), joinCommand(), statusCommand(), tokenCommand(), psqlCommand(), logsCommand(),
+			initCommand(), joinCommand(), statusCommand(), configCommand(), tokenCommand(), psqlCommand(), logsCommand(),
 			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(),
 		},
 		Action: func(c *cli.Context) error {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"testing"
 	"time"
@@ -48,10 +49,15 @@ func child(mode string) error {
 	until := in(childTime)
 	if mode == childStops {
 		k.beforeSend = func() {
+			// Another thread may be the one that takes the signal: this one must not
+			// go on before the process has been stopped.
+			continued := make(chan os.Signal, 1)
+			signal.Notify(continued, unix.SIGCONT)
 			fmt.Println("stopping, until", until.Wall)
 			if err := unix.Kill(os.Getpid(), unix.SIGSTOP); err != nil {
 				fmt.Println("stop:", err)
 			}
+			<-continued
 		}
 	}
 	if err := k.Open(ctx, Owner, until); err != nil {

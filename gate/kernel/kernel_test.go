@@ -267,6 +267,9 @@ func TestRemaining(t *testing.T) {
 			if s.Role != wantRole || !s.Installed {
 				t.Errorf("state is %+v, want role %q", s, wantRole)
 			}
+			if guard := nft(t, ns, "list chain inet pgha_gate guard"); tc.until.Wall < 0 && !strings.Contains(guard, `meta time < "1970-01-01`) {
+				t.Errorf("want the beginning of 1970 in:\n%s", guard)
+			}
 			text := nft(t, ns, "list set inet pgha_gate owner")
 			if !strings.Contains(text, tc.timeout) || (tc.timeout == "") == strings.Contains(text, "elements") {
 				t.Errorf("want an element with %q in:\n%s", tc.timeout, text)

@@ -3,14 +3,11 @@
 package pgdata
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 )
 
 // PIDFile is what postmaster.pid says. Two of them that are equal were written
@@ -65,31 +62,4 @@ func parsePIDFile(text string) (PIDFile, error) {
 		}
 	}
 	return f, nil
-}
-
-// WorksIn reports whether process pid lives and has dir as its working
-// directory, as every process of the server in dir has. An error means that it
-// lives but may not be looked at.
-func WorksIn(pid int, dir string) (bool, error) {
-	cwd, err := os.Stat(fmt.Sprintf("/proc/%d/cwd", pid))
-	if Ended(err) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("see where process %d works: %w", pid, err)
-	}
-	self, err := os.Stat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("see where process %d works: %w", pid, err)
-	}
-	return os.SameFile(cwd, self), nil
-}
-
-// Ended reports whether reading something under /proc/PID failed because the
-// process has ended.
-func Ended(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH)
 }
