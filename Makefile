@@ -42,14 +42,19 @@ test: deps build vet unit scenarios ## install what the tests need and run them 
 
 unit: ## test the packages
 	$(GO_TEST) $$($(GO) list ./... | grep -v ^pgha/tests/) ./tests/deps
+# The schedules of the simulation are many, and have no goroutines to race.
+	$(GO) test -timeout 30m -v -run 'Simulation|Mutations' ./gate
 
 scenarios: build ## test etcd members, whole clusters and booted hosts together
 	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 1 $(SCENARIOS)
 
 # A run takes hours: ROUNDS=1 does each fault once.
 ROUNDS ?= 20
+# of the gate's simulation, with seeds that no run has had before
+SCHEDULES ?= 5000000
 
 soak: deps build ## do every fault 20 times (ROUNDS) and write docs/FAULTS.md
+	PGHA_SCHEDULES=$(SCHEDULES) PGHA_FIRST=$$(date +%s)00000 $(GO) test -timeout 48h -v -run Simulation ./gate
 	PGHA_BIN=$(abspath $(BIN)) PGHA_SOAK=$(ROUNDS) $(GO) test -race -timeout 48h $(ROOT_EXEC) -v -run TestFaults ./tests/faults
 
 deps: ## install the Debian packages that the tests need

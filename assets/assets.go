@@ -9,7 +9,7 @@ import "embed"
 //go:embed *.tmpl
 var Templates embed.FS
 
-// PatroniLauncher is the program that starts Patroni before 3.0.3.
+// PatroniLauncher is the program that starts Patroni before 3.1.2.
 //
 //go:embed patroni_launcher.py
 var PatroniLauncher []byte

@@ -109,7 +109,7 @@ func hasAll(o observation) (bool, string) {
 			return false, "the sync key is not of " + v.Record.Owner
 		case !slices.Contains(v.Sync.Standbys, o.self):
 			return false, "this node is not a synchronous standby: it may lack acknowledged commits"
-		case v.Sync.Quorum > 0 && len(v.Sync.Standbys) > v.Sync.Quorum:
+		case v.Sync.Quorum > 0:
 			return false, "no single synchronous standby is sure to have every commit"
 		}
 		return true, "synchronous standby with every acknowledged commit"
@@ -137,6 +137,11 @@ func decideClaim(o observation, g guards) (bool, string) {
 		return false, "this node is the owner"
 	case o.oath > 0:
 		return false, fmt.Sprintf("this node has promised to keep off for %s", o.oath.Round(time.Millisecond))
+	case o.local.Process == Primary && v.Record.Last != o.self && v.Record.Last != "":
+		// It was frozen or cut off while others went on, and Patroni gives the key
+		// to whoever is a primary without looking at what it lacks. It comes back
+		// as a replica first, which Patroni checks.
+		return false, "PostgreSQL here takes writes and has not been admitted"
 	case o.local.Process != Recovery && o.local.Process != Primary:
 		return false, "PostgreSQL here is " + string(o.local.Process)
 	}
@@ -229,10 +234,11 @@ func decideHelp(o observation, helped int, foreign time.Duration) (help, string)
 		return helpGiveUp, fmt.Sprintf("PostgreSQL has not been promoted within %s", o.stalled.Round(time.Second))
 	case owner && v.Leader == o.self && o.local.Process == Recovery && o.stalled >= o.t.Help && helped == 0:
 		return helpRestartPatroni, fmt.Sprintf("PostgreSQL has not been promoted within %s", o.stalled.Round(time.Millisecond))
-	case v.Record != nil && !owner && v.Leader != "" && v.Leader != o.self && o.local.Process == Primary && foreign >= o.t.Help && helped == 0:
+	case v.Record != nil && !owner && !v.Paused && o.local.Process == Primary && foreign >= o.t.Help && helped == 0:
 		return helpStopPostgres, fmt.Sprintf("%s is the owner and PostgreSQL here has not been demoted within %s", v.Record.Owner, foreign.Round(time.Millisecond))
 	case v.Record != nil && !owner && o.admitted && foreign >= o.t.Help && helped == 0:
-		return helpRestartPatroni, "it may still act on a permission to promote that is no longer good"
+		// A promotion that has begun does not end with Patroni.
+		return helpStopPostgres, "it may still act on a permission to promote that is no longer good"
 	}
 	return helpNone, ""
 }

@@ -72,7 +72,7 @@ func TestDecideTakeover(t *testing.T) {
 		{"not a synchronous standby", fit, func(o *observation) { o.view.Sync.Standbys = []string{"c"} }, false, "may lack"},
 		{"no synchronous standby", fit, func(o *observation) { o.view.Sync.Standbys = nil }, false, "may lack"},
 		{"a quorum of standbys", fit, func(o *observation) { o.view.Sync.Standbys, o.view.Sync.Quorum = []string{"b", "c"}, 1 }, false, "no single"},
-		{"a quorum of all standbys", fit, func(o *observation) { o.view.Sync.Quorum = 1 }, true, ""},
+		{"a quorum of all standbys", fit, func(o *observation) { o.view.Sync.Quorum = 1 }, false, "no single"},
 		{"asynchronous", asynchronous, func(*observation) {}, true, "asynchronous standby within bounds"},
 		{"lag within bounds", asynchronous, func(o *observation) { o.local.Received = 900 }, true, ""},
 		{"too much lag", asynchronous, func(o *observation) { o.local.Received = 899 }, false, "lacks 101 bytes"},
@@ -114,7 +114,13 @@ func TestDecideClaimAndCreate(t *testing.T) {
 		{"claim", claim, holder, func(*observation) {}, true, "holds the leader key"},
 		{"claim: the gate is said to be shut", claim, holder, func(o *observation) { o.view.Record.State, o.silent = Shut, 0 }, true, ""},
 		{"claim: without a quorum for long", claim, holder, func(o *observation) { o.quorum = 0 }, true, ""},
-		{"claim: already a primary", claim, holder, func(o *observation) { o.local.Process = Primary }, true, ""},
+		{"claim: a primary that was the last to be open", claim, holder, func(o *observation) {
+			o.local.Process, o.view.Record.Last = Primary, "b"
+		}, true, ""},
+		{"claim: a primary before any gate was open", claim, holder, func(o *observation) { o.local.Process = Primary }, true, ""},
+		{"claim: a primary that others may have followed", claim, holder, func(o *observation) {
+			o.local.Process, o.view.Record.Last = Primary, "a"
+		}, false, "has not been admitted"},
 		{"claim: another holds the key", claim, fit, func(*observation) {}, false, "does not hold"},
 		{"claim: no record", claim, first, func(*observation) {}, false, "no owner yet"},
 		{"claim: the owner itself", claim, holder, func(o *observation) { o.view.Record.Owner = "b" }, false, "is the owner"},
@@ -194,8 +200,10 @@ func TestDecideHelp(t *testing.T) {
 		{"a primary beside another owner", func(o *observation) { o.local.Process = Primary }, 0, 3 * time.Second, helpStopPostgres},
 		{"a primary that has time to demote", func(o *observation) { o.local.Process = Primary }, 0, 2999 * ms, helpNone},
 		{"a primary that has been stopped once", func(o *observation) { o.local.Process = Primary }, 1, time.Hour, helpNone},
-		{"a primary, and nobody has the leader key", func(o *observation) { o.local.Process, o.view.Leader = Primary, "" }, 0, time.Hour, helpNone},
-		{"a permission that was not used", func(o *observation) { o.admitted = true }, 0, 3 * time.Second, helpRestartPatroni},
+		{"a primary, and nobody has the leader key", func(o *observation) { o.local.Process, o.view.Leader = Primary, "" }, 0, time.Hour, helpStopPostgres},
+		{"a primary that was given the leader key again", func(o *observation) { o.local.Process, o.view.Leader = Primary, o.self }, 0, time.Hour, helpStopPostgres},
+		{"a primary, and Patroni is paused", func(o *observation) { o.local.Process, o.view.Paused = Primary, true }, 0, time.Hour, helpNone},
+		{"a permission that was not used", func(o *observation) { o.admitted = true }, 0, 3 * time.Second, helpStopPostgres},
 		{"no record", func(o *observation) { o.view.Record, o.local.Process, o.admitted = nil, Primary, true }, 0, time.Hour, helpNone},
 	} {
 		t.Run(c.name, func(t *testing.T) {

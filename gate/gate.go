@@ -3,6 +3,7 @@ package gate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -52,6 +53,12 @@ type Config struct {
 	// Held is until when the kernel may let clients through by what an earlier
 	// daemon told it; the zero Moment if it is shut.
 	Held Moment
+	// Permit, if not nil, is called before PostgreSQL is let be promoted. It must
+	// note this so that it outlives the daemon, for as long as the same postmaster
+	// runs: a daemon that starts then has Permitted set. Without it a promotion
+	// that comes late could find the replica's gate of a new daemon open.
+	Permit    func() error
+	Permitted bool
 	// Changed is called, from the gate's own goroutine, when the owner, the
 	// record's state or what the kernel is asked for has changed. It must not
 	// block.
@@ -85,9 +92,13 @@ func New(c Config) *Gate {
 	if c.Clock == nil {
 		c.Clock = SystemClock{}
 	}
+	m := NewMachine(c.Self, c.Timers, c.Held)
+	if c.Permitted {
+		m.Permitted(c.Clock.Now())
+	}
 	return &Gate{
 		cfg: c, log: c.Log.With("component", "gate"), kick: make(chan struct{}, 1),
-		m: NewMachine(c.Self, c.Timers, c.Held), change: make(chan struct{}),
+		m: m, change: make(chan struct{}),
 		trace: tracer{self: c.Self, done: c.Failover},
 	}
 }
@@ -337,6 +348,9 @@ func (g *Gate) Local(l Local) {
 	g.mu.Lock()
 	before := g.m.local
 	g.m.Local(l)
+	if before.Process == Primary && l.Process != Primary { // help has come; the next trouble is another
+		g.helped, g.foreign = 0, l.At
+	}
 	g.trace.local(l, g.m)
 	g.mu.Unlock()
 	if before.Process != l.Process || before.Timeline != l.Timeline || before.PatroniUp != l.PatroniUp || before.Restarting != l.Restarting {
@@ -384,6 +398,11 @@ func (g *Gate) Admit(ctx context.Context) error {
 		ok, why := g.m.Admit(g.cfg.Clock.Now())
 		change := g.change
 		g.mu.Unlock()
+		if ok && g.cfg.Permit != nil {
+			if err := g.cfg.Permit(); err != nil {
+				return fmt.Errorf("note that this node may be promoted: %w", err)
+			}
+		}
 		if ok {
 			return nil
 		}

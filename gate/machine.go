@@ -67,7 +67,6 @@ type Machine struct {
 	outstanding Moment // the kernel may pass clients until then
 	kernelShut  bool   // the kernel is known to be shut
 	admitted    Moment // when a promotion was allowed that may still be to come
-	admittedTo  uint64 // and to which Patroni
 
 	pending *Op    // sent, not answered
 	unsure  Moment // when an answer was lost that may have made this node the owner, or may yet
@@ -101,8 +100,8 @@ func (m *Machine) Local(l Local) {
 		}
 	}
 	// A promotion that was allowed is over when it has been seen, and comes to
-	// nothing without a PostgreSQL, or when the Patroni is gone that was told.
-	if l.At.Mono > m.admitted.Mono && (l.Process == Primary || l.Process == Gone || l.Patroni != m.admittedTo) {
+	// nothing without a PostgreSQL. It does not end with the Patroni that began it.
+	if l.At.Mono > m.admitted.Mono && (l.Process == Primary || l.Process == Gone) {
 		m.admitted = Moment{}
 	}
 	m.local = l
@@ -184,6 +183,8 @@ func (m *Machine) wantAsOwner(o observation) Want {
 		// Whatever is in the kernel runs out by itself, at a time that counts as
 		// promised.
 		return Want{Pass: Keep, Why: "no commit within the promise"}
+	case m.view.Record.State != Open:
+		return Want{Pass: Nobody, Why: "the record does not say yet that it opens"}
 	case m.local.Process == Primary || m.wasPrimary:
 		return Want{Pass: AsOwner, Until: m.lease, Why: "owner"}
 	}
@@ -244,9 +245,13 @@ func (m *Machine) Admit(now Moment) (bool, string) {
 	case !m.kernelShut && !m.wasPrimary && m.off.on(guardShutFirst):
 		return false, "the gate of the replica is not yet shut"
 	}
-	m.admitted, m.admittedTo = now, m.local.Patroni
+	m.admitted = now
 	return true, "this node is the owner"
 }
+
+// Permitted says that an earlier daemon has let the PostgreSQL that runs here be
+// promoted, and that this has not been seen to happen.
+func (m *Machine) Permitted(now Moment) { m.admitted = now }
 
 // Next returns the transaction to send now, with Kind None if there is none. The
 // clock must be read right before.
@@ -332,11 +337,17 @@ func (m *Machine) write(kind Kind, now Moment, state State) Op {
 	if v.Record != nil {
 		old = *v.Record
 	}
-	op.Put = Record{Owner: m.self, Epoch: old.Epoch, Seq: old.Seq + 1, State: state}
+	op.Put = Record{Owner: m.self, Epoch: old.Epoch, Seq: old.Seq + 1, State: state, Last: old.Last}
+	if state == Open {
+		op.Put.Last = m.self
+	}
 	promise := m.timers.Promise
 	switch kind {
 	case Beat:
 		promise = max(promise, m.extend)
+		// What the kernel is given is not what is promised to cover it, or each would
+		// make the other longer for ever.
+		op.hold = promise
 		// The kernel may still have more time by an earlier, longer promise, and
 		// nobody knows whether the next update will reach it.
 		if m.off.on(guardOutstanding) {
@@ -377,7 +388,7 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 	if !m.viewed || r.View.RecordRev != m.view.RecordRev {
 		m.seenAt = now
 	}
-	before, leader, first := m.owner(), m.view.Leader, !m.viewed
+	before, leader := m.owner(), m.view.Leader
 	m.view, m.viewed = r.View, true
 	if !m.owner() {
 		m.wasOwner = m.wasOwner || before
@@ -385,9 +396,6 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 		return
 	}
 	if !before {
-		if first { // an earlier daemon may have allowed what has not been seen
-			m.admitted, m.admittedTo = now, m.local.Patroni
-		}
 		m.ownedAt, m.wasPrimary, m.lease = now, m.local.Process == Primary, Moment{}
 	} else if leader != m.self && m.view.Leader == m.self && !m.wasPrimary {
 		m.ownedAt = now // Patroni has the key again, and another try
@@ -398,6 +406,9 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 			from = now
 		}
 		m.lease = from.Add(op.Put.Promise())
+		if op.hold > 0 {
+			m.lease = from.Add(op.hold)
+		}
 		if op.Kind == Beat && op.Put.Promise() >= m.extend {
 			m.extend = 0
 		}

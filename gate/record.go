@@ -33,6 +33,9 @@ type Record struct {
 	// stay open, in milliseconds.
 	PromiseMS int64 `json:"promise_ms"`
 	State     State `json:"state"`
+	// Last is the node whose gate was the last to be allowed to open: it has every
+	// write that was acknowledged to clients. "" = none has been yet.
+	Last string `json:"last,omitempty"`
 }
 
 // Promise is PromiseMS as a duration.
@@ -124,6 +127,8 @@ type Op struct {
 	Config *int64  // mod revision of the config key
 
 	Put Record // the new record; not for Read
+	// hold is for how long a beat opens the gate. It promises as much at least.
+	hold time.Duration
 	// TakeLeader is the lease on which the leader key is overwritten with this
 	// node's name in the same transaction; 0 = the key is left alone. It is
 	// overwritten and never deleted: a living old primary would take it back.
@@ -164,9 +169,6 @@ type Local struct {
 	Restarting bool
 	// PatroniUp says that Patroni answers and can act.
 	PatroniUp bool
-	// Patroni tells one process of Patroni from the next; 0 = there is none. A
-	// permission to promote ends with the process to which it was given.
-	Patroni uint64
 	// Stopping says that this node is being stopped or leaves the cluster.
 	Stopping bool
 }

@@ -1,7 +1,6 @@
 package gate
 
 import (
-	"errors"
 	"slices"
 	"time"
 )
@@ -38,6 +37,9 @@ func (d *driver) boot() {
 	}
 	d.m = NewMachine(h.name, h.w.t, h.held())
 	d.m.off = h.w.off
+	if h.pg.alive && h.permitted == h.pg.inc {
+		d.m.Permitted(h.clock())
+	}
 	d.probe(false)
 	d.after(0, d.loop)
 }
@@ -70,9 +72,6 @@ func (d *driver) probe(once bool) {
 	pg.stream()
 	pg.release()
 	l := Local{At: h.clock(), Process: pg.state, PatroniUp: h.pat.running(), Restarting: pg.restarts}
-	if h.pat.alive {
-		l.Patroni = uint64(h.pat.inc)
-	}
 	if pg.alive && !pg.running() {
 		if l.Process = Unknown; h.clock().Mono-pg.hungAt > 3*time.Second {
 			l.Process = Hung
@@ -304,9 +303,6 @@ func (d *driver) swear(owner string, epoch uint64, dur time.Duration) error {
 	if d.m == nil {
 		return nil
 	}
-	if d.inLoop && d.h.w.now < d.resume {
-		return errors.New("stopped") // cannot be: exec has waited
-	}
 	err := d.m.Swear(owner, epoch, dur, d.h.clock())
 	if err != nil {
 		d.h.w.logf(d.h, "does not promise %s to keep off: %s", owner, err)
@@ -337,6 +333,7 @@ func (d *driver) help() {
 		d.h.pat.crash(300 * time.Millisecond)
 	case helpStopPostgres:
 		d.h.w.logf(d.h, "stops PostgreSQL: %s", why)
+		d.h.pat.crash(300 * time.Millisecond)
 		d.h.pg.stop()
 	}
 	d.helped++

@@ -180,9 +180,12 @@ func (e *etcd) send(h *host, op Op, answer func(Result, error)) {
 		h.pgha.loses = false
 		h.trouble = max(h.trouble, w.now+h.w.t.Attempt)
 	}
+	fate := 0 // carried out in time
+	if lost {
+		fate = w.rng.IntN(3) // or late, or never
+	}
 	w.after(there, func() {
-		drop := lost && w.chance(500_000)
-		if !drop && e.reachable(h) {
+		if fate == 0 && e.reachable(h) {
 			r, err := e.apply(h, op)
 			w.after(back, func() {
 				if !lost && e.reachable(h) {
@@ -191,7 +194,7 @@ func (e *etcd) send(h *host, op Op, answer func(Result, error)) {
 			})
 			return
 		}
-		if op.Kind == Read || drop || w.chance(400_000) {
+		if op.Kind == Read || fate == 2 || (fate == 0 && w.chance(400_000)) {
 			return
 		}
 		late := w.between(0, 2*time.Second)
@@ -272,7 +275,9 @@ func (e *etcd) checkWrite(h *host, op Op) {
 	}
 	if op.Kind == Takeover {
 		w.checkLiving(h)
-		w.checkCommits(h, "takes over")
+	}
+	if op.Kind == Takeover || h.pg.state == Primary {
+		w.checkCommits(h, "becomes the owner")
 	}
 }
 

@@ -62,18 +62,19 @@ var faultNames = [lastWhat]string{"stop pgha", "kill pgha", "stop all processes"
 
 // fault is something that goes wrong at a time, or at the nth instant of a kind.
 type fault struct {
-	kind  what
-	host  int // -1 = the owner's, -2 = another data node, -3 = wherever the instant is
-	at    time.Duration
-	label label // -1 = at the time
-	nth   int
-	lasts time.Duration
-	done  bool
-	chain *fault // comes right with it, or a little later
+	kind    what
+	host    int // -1 = the owner's, -2 = another data node, -3 = wherever the instant is
+	at      time.Duration
+	label   label // -1 = at the time
+	nth     int
+	lasts   time.Duration
+	promise time.Duration // of a planned restart; 0 = any
+	done    bool
+	chain   *fault // comes right with it, or a little later
 }
 
 // horizon is when the last fault has begun.
-const horizon = 20 * time.Second
+const horizon = 16 * time.Second
 
 // plan draws the faults of a schedule.
 func (w *world) plan() {
@@ -277,7 +278,11 @@ func (w *world) effectOnData(f *fault, h *host) {
 			w.after(w.between(100*time.Millisecond, 2*time.Second), func() { pg.restarts = false })
 		}
 	case planned:
-		h.pgha.restart(w.between(3*time.Second, 30*time.Second), f.lasts)
+		promise := f.promise
+		if promise == 0 {
+			promise = w.between(3*time.Second, 30*time.Second)
+		}
+		h.pgha.restart(promise, f.lasts)
 	case switchover:
 		w.switchover(h)
 	}

@@ -4,6 +4,7 @@ package gate
 
 import (
 	"os"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +21,7 @@ var ruleNames = map[guards]string{
 // PGHA_BUDGET sets after how many schedules it counts as not missed, PGHA_ONLY
 // the rules by name.
 func TestMutations(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(800))
 	budget := number(t, "PGHA_BUDGET", mutationSchedules)
 	for g := guards(1); g < lastGuard; g <<= 1 {
 		name := ruleNames[g]

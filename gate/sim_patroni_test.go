@@ -213,6 +213,7 @@ func (p *patroni) ask(until time.Duration) {
 			return
 		}
 		w.counts.admissions++
+		p.h.permitted = p.h.pg.inc
 		w.logf(p.h, "ADMITTED")
 		if e.rec == nil || e.rec.Owner != p.h.name {
 			w.fail("I4", "%s is admitted while the record does not name it", p.h.name)
@@ -240,7 +241,11 @@ func (p *patroni) promote() {
 		w.fail("I4", "%s promotes while the record does not name it", p.h.name)
 	}
 	// pg_ctl has been told: Patroni cannot take it back.
-	p.h.pg.after(w.between(2*time.Millisecond, 250*time.Millisecond), func() {
+	took := w.between(2*time.Millisecond, 250*time.Millisecond)
+	if w.chance(50_000) { // much to replay
+		took = w.between(0, 8*time.Second)
+	}
+	p.h.pg.after(took, func() {
 		p.h.pg.promote()
 		p.busy = false
 	})

@@ -121,7 +121,6 @@ func (p *postgres) stream() {
 
 // release acknowledges the commits that need not wait any longer.
 func (p *postgres) release() {
-	w := p.h.w
 	if p.state != Primary || !p.running() {
 		return
 	}
@@ -133,7 +132,6 @@ func (p *postgres) release() {
 			keep = append(keep, c)
 		}
 	}
-	_ = w
 	p.waits = keep
 }
 

@@ -40,9 +40,9 @@ func (w *world) theme() {
 		add(lost)
 		l := []label{atSendClaim, atSendTakeover}[w.rng.IntN(2)]
 		add(fault{kind: loseAnswer, host: -3, label: l, nth: 1})
-		back := w.between(0, 2*time.Second)
-		if w.chance(500_000) {
-			back += session
+		back := w.between(0, 300*time.Millisecond)
+		if w.chance(400_000) {
+			back = session + w.between(0, 2*time.Second)
 		}
 		add(fault{kind: killPatroni, host: -3, label: l, nth: 1, lasts: back})
 	case 4: // the owner does not get to its beats, and the follower misses what goes on meanwhile
@@ -53,20 +53,29 @@ func (w *world) theme() {
 			chain: &fault{kind: stopAll, host: -2, at: back - stop, lasts: stop,
 				chain: &fault{kind: cutDirect, host: -1, lasts: 10 * time.Second}}})
 	case 5: // a longer promise than the timers say, and then the owner is lost
-		kind := []what{planned, profile}[w.rng.IntN(2)]
-		add(fault{kind: kind, host: -1, label: -1, at: begin, lasts: w.between(0, 2*time.Second)})
+		f := fault{kind: []what{planned, profile}[w.rng.IntN(2)], host: -1, label: -1, at: begin, lasts: w.between(0, 2*time.Second)}
 		lost.at += w.between(0, 6*time.Second)
+		if w.chance(500_000) { // near its end
+			f.promise = w.between(t, t+10*time.Second)
+			lost.at = begin + f.promise - t + w.between(-500*time.Millisecond, time.Second)
+		}
+		add(f)
 		add(lost)
 	case 7: // a permission to promote is used long after it was given
 		lost.lasts = w.between(span, span+3*time.Second)
 		add(lost)
+		w.etcd.synchronous = w.chance(300_000) // then the old owner is seldom fit
 		stop := w.between(span, span+10*time.Second)
 		add(fault{kind: stopHere, host: -3, label: atPromote, nth: 1, lasts: stop})
 		add(fault{kind: []what{stopPgha, cutEtcd, cutHost, stall}[w.rng.IntN(4)], host: -3, label: atPromote, nth: 1, lasts: w.between(span, stop)})
 	case 8: // an oath counts for longer than the record says, and is forgotten
 		add(fault{kind: profile, label: -1, at: begin})
 		add(fault{kind: cutEtcd, host: -1, label: -1, at: begin + w.between(0, 2*time.Second), lasts: w.between(span, span+10*time.Second)})
-		add(fault{kind: killPgha, host: -2, label: -1, at: begin + w.between(t/2, 2*t), lasts: w.between(0, time.Second)})
+		forget := begin + w.between(t/2, 2*t)
+		add(fault{kind: killPgha, host: -2, label: -1, at: forget, lasts: w.between(0, time.Second)})
+		if w.chance(500_000) {
+			add(fault{kind: stopPgha, host: -1, label: -1, at: forget + w.between(-500*time.Millisecond, 500*time.Millisecond), lasts: long})
+		}
 	case 6: // the follower's kernel does not obey
 		add(lost)
 		add(fault{kind: refuse, host: -2, label: -1, at: begin + w.between(0, span), lasts: w.between(span, 2*span)})

@@ -18,9 +18,12 @@ import (
 // that; here a frozen host is one whose processes are all stopped while its
 // kernel goes on.
 //
-// Not simulated: other tables that open the port, local sockets, the wall clock
-// being set back while a write to the kernel is under way, and the contents of
-// TCP: an answer that the gate has dropped is not sent again.
+// Not simulated: rules of others that open the port, and Doubt; sessions on local
+// sockets; the wall clock being set while a write to the kernel is under way;
+// TCP, so that an answer that the gate has dropped is not sent again; tags and
+// nodes that leave; more than one synchronous standby; disks that fill up or
+// lose what they have acknowledged; a Patroni that takes a lost key back. etcd's
+// members are whole or away: a host either takes part in a quorum or does not.
 
 // event is something that happens at a time of the world.
 type event struct {
@@ -196,10 +199,11 @@ type host struct {
 	pat  patroni
 	pg   postgres
 
-	trouble time.Duration // when something was last wrong with it
-	sick    int           // faults that are under way here
-	broken  time.Duration // until when its kernel refuses changes
-	open    bool          // clients reached a writable PostgreSQL at the last look
+	trouble   time.Duration // when something was last wrong with it
+	sick      int           // faults that are under way here
+	broken    time.Duration // until when its kernel refuses changes
+	permitted int           // the PostgreSQL that was let be promoted
+	open      bool          // clients reached a writable PostgreSQL at the last look
 }
 
 func (h *host) clock() Moment {

@@ -96,7 +96,7 @@ func (n *Node) makeDataDirs() error {
 // patroniCommand is how Patroni is started: by itself, or by the launcher that
 // makes an older one safe.
 func (n *Node) patroniCommand() (path string, args []string, err error) {
-	if !n.version.StealsLeaderKey() {
+	if !n.version.NeedsLauncher() {
 		return patroniBin, []string{n.patroniYML()}, nil
 	}
 	launcher := filepath.Join(n.paths.patroniDir(), "launcher.py")

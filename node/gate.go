@@ -170,7 +170,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 	news, stop := g.watcher.Subscribe()
 	defer stop()
 	restarting, since := false, time.Time{}
-	var last postgres.Probe
+	var replica postgres.Probe // the last one that told of a replica
 	for {
 		var p postgres.Probe
 		select {
@@ -178,12 +178,14 @@ func (g *gatekeeper) feed(ctx context.Context) {
 			return
 		case p = <-news:
 		}
-		// A replica that receives nothing any more does not say on which timeline it
-		// is; it is still on the one that it was on.
-		if p.Kind == postgres.Recovery && p.Timeline == 0 && last.PID == p.PID {
-			p.Timeline = last.Timeline
+		// A replica that receives nothing any more knows its timeline from its last
+		// checkpoint alone. It is never on an earlier one than it has been on.
+		if p.Kind == postgres.Recovery {
+			if p.PID == replica.PID {
+				p.Timeline = max(p.Timeline, replica.Timeline)
+			}
+			replica = p
 		}
-		last = p
 		st := g.n.patroni.Status()
 		l := gate.Local{
 			At: moment(p.At), Process: gate.Process(p.Kind), Timeline: p.Timeline, Received: p.ReceivedLSN, Replayed: p.ReplayedLSN, StreamedAt: p.StreamedAt,
@@ -264,7 +266,7 @@ func (g *gatekeeper) StopPostgres(why string) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		err := g.n.patroni.Kill(why)
-		if g.watcher.Latest().Kind == postgres.Primary && !g.gate.Status().Self {
+		if k := g.watcher.Latest().Kind; k != postgres.Gone && !g.gate.Status().Self {
 			err = errors.Join(err, g.n.asPostgres(ctx, filepath.Join(g.n.cfg.Postgres.BinDir, "pg_ctl"),
 				"stop", "-D", g.n.cfg.Postgres.DataDir, "-m", "immediate", "-t", "30", "-s"))
 		}

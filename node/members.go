@@ -184,7 +184,11 @@ func (n *Node) revokeToken(w http.ResponseWriter, r *http.Request) {
 func (n *Node) notReady() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return &cluster.Error{Code: cluster.CodeUnavailable, Message: "this node is not ready: " + n.waiting + "; etcd: " + n.etcdState}
+	why := "etcd: " + n.etcdState
+	if n.waiting != "" {
+		why = n.waiting + "; " + why
+	}
+	return &cluster.Error{Code: cluster.CodeUnavailable, Message: "this node is not ready: " + why}
 }
 
 func (n *Node) renewHandler(w http.ResponseWriter, r *http.Request) {

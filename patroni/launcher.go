@@ -10,9 +10,9 @@ import (
 )
 
 // Launcher is a program in Python that starts a Patroni for which
-// Version.StealsLeaderKey is true, with the method at fault replaced. It takes
+// Version.NeedsLauncher is true, with the methods at fault replaced. It takes
 // the path of the configuration file, and refuses to start Patroni when it
-// cannot prove that the replacement works.
+// cannot prove that the replacements work.
 func Launcher() []byte { return assets.PatroniLauncher }
 
 // PrePromote is a program in Python that asks the daemon whether PostgreSQL may

@@ -24,6 +24,19 @@ except SystemExit as e:
 etcd3.Etcd3._update_leader = launcher.patched_update_leader(etcd3)
 launcher.prove(etcd3)
 print('replaced: safe')
+from patroni.postgresql import config
+try:
+    launcher.prove_standbys(config)
+    print('standbys, as it came: safe')
+except SystemExit as e:
+    print('standbys, as it came: refused with', e.code)
+handler = config.ConfigHandler
+handler.get_server_parameters = launcher.patched_server_parameters(handler.get_server_parameters)
+launcher.prove_standbys(config)
+print('standbys, replaced: safe')
+with open(sys.argv[1] + '/own.conf', 'w') as f:
+    f.write("synchronous_standby_names = 'theirs'\n")
+print('of others:', launcher.written_standby_names(sys.argv[1] + '/own.conf'), launcher.written_standby_names('/nowhere'))
 `
 
 func TestLauncherProvesTheReplacement(t *testing.T) {
@@ -48,8 +61,11 @@ func TestLauncherProvesTheReplacement(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	for _, want := range []string{"as it came: refused with 70", "replaced: safe"} {
-		if !strings.Contains(string(out), want) {
+	for _, want := range []string{
+		"\nas it came: refused with 70", "\nreplaced: safe",
+		"\nstandbys, as it came: refused with 70", "\nstandbys, replaced: safe", "\nof others: None None",
+	} {
+		if !strings.Contains("\n"+string(out), want) {
 			t.Errorf("the launcher said %q, want %q in it", out, want)
 		}
 	}

@@ -73,6 +73,16 @@ func (v Version) StealsLeaderKey() bool {
 	return v.Compare(Version{3, 0, 3}) < 0
 }
 
+// ForgetsStandbys reports whether this version, started beside a PostgreSQL that
+// runs, makes its commits wait for no standby any more while the sync key still
+// names one, so that acknowledged writes are lost at the next failover.
+func (v Version) ForgetsStandbys() bool {
+	return v.Compare(Version{3, 1, 2}) < 0
+}
+
+// NeedsLauncher reports whether this version must be started by the Launcher.
+func (v Version) NeedsLauncher() bool { return v.StealsLeaderKey() || v.ForgetsStandbys() }
+
 // lastLine returns the last line of s that is not blank.
 func lastLine(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")

@@ -25,17 +25,21 @@ func TestParseVersion(t *testing.T) {
 
 func TestVersionRules(t *testing.T) {
 	for _, tc := range []struct {
-		v                 Version
-		supported, steals bool
+		v                          Version
+		supported, steals, forgets bool
 	}{
-		{Version{2, 1, 7}, false, true}, {Version{3, 0, 0}, true, true}, {Version{3, 0, 2}, true, true},
-		{Version{3, 0, 3}, true, false}, {Version{3, 1, 0}, true, false}, {Version{4, 0, 0}, true, false},
+		{Version{2, 1, 7}, false, true, true}, {Version{3, 0, 0}, true, true, true}, {Version{3, 0, 2}, true, true, true},
+		{Version{3, 0, 3}, true, false, true}, {Version{3, 1, 1}, true, false, true}, {Version{3, 1, 2}, true, false, false},
+		{Version{4, 0, 0}, true, false, false},
 	} {
 		if got := tc.v.Supported() == nil; got != tc.supported {
 			t.Errorf("%s supported: %v, want %v", tc.v, got, tc.supported)
 		}
 		if got := tc.v.StealsLeaderKey(); got != tc.steals {
 			t.Errorf("%s steals the leader key: %v, want %v", tc.v, got, tc.steals)
+		}
+		if got := tc.v.ForgetsStandbys(); got != tc.forgets || tc.v.NeedsLauncher() != (tc.steals || tc.forgets) {
+			t.Errorf("%s forgets its standbys: %v, want %v; needs the launcher: %v", tc.v, got, tc.forgets, tc.v.NeedsLauncher())
 		}
 	}
 }

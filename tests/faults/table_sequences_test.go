@@ -29,7 +29,7 @@ var sequences = append(returns(),
 		},
 	},
 	fault{
-		name: "nemesis", what: "two faults at once, drawn by a seed", quick: true, expect: either, bound: 4 * time.Minute, whole: nemesis,
+		name: "nemesis", what: "two faults at once, drawn by a seed", quick: true, expect: either, bound: 75 * time.Second, whole: nemesis,
 	},
 )
 
