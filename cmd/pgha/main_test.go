@@ -130,7 +130,8 @@ func TestHelp(t *testing.T) {
 func TestCompletion(t *testing.T) {
 	defer func(args []string) { os.Args = args }(os.Args)
 	for args, want := range map[string][]string{
-		"":           {"init", "join", "status", "token", "psql", "logs", "cert", "run", "reset", "demo", "version", "completion", "help", "h"},
+		"":           {"init", "join", "status", "config", "token", "psql", "logs", "cert", "run", "reset", "demo", "version", "completion", "help", "h"},
+		"config":     {"show", "get", "set", "help", "h"},
 		"token":      {"create", "list", "revoke", "help", "h"},
 		"logs":       node.LogComponents,
 		"completion": {"bash", "zsh", "fish"},
