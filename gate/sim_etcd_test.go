@@ -279,6 +279,11 @@ func (e *etcd) checkWrite(h *host, op Op) {
 	if op.Kind == Takeover || h.pg.state == Primary {
 		w.checkCommits(h, "becomes the owner")
 	}
+	// Nothing of what the last to be open has acknowledged may be given up for a
+	// primary that nobody has chosen.
+	if b := w.newest; b != nil && h.pg.state == Primary && !h.pg.has(b, b.acked) {
+		w.fail("I3", "%s becomes the owner as a primary and lacks what was acknowledged last", h.name)
+	}
 }
 
 // listed says whether sync lets name be promoted.

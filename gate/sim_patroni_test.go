@@ -306,7 +306,7 @@ func (p *patroni) healthiest(s snapshot) bool {
 			continue
 		}
 		if o.pg.state == Primary || (o.pg.state == Recovery && (!e.synchronous || s.sync.listed(o.name)) &&
-			(o.pg.on.timeline > p.h.pg.on.timeline || o.pg.lsn > p.h.pg.lsn)) {
+			(o.pg.on.timeline > p.h.pg.on.timeline || (o.pg.on.timeline == p.h.pg.on.timeline && o.pg.lsn > p.h.pg.lsn))) {
 			return false
 		}
 	}

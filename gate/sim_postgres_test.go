@@ -155,7 +155,7 @@ func (p *postgres) ack(c waiting) {
 		return
 	}
 	w.counts.acks++
-	c.on.acked = max(c.on.acked, c.lsn)
+	c.on.acked, w.newest = max(c.on.acked, c.lsn), c.on
 	w.checkAck(p.h)
 }
 

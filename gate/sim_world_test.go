@@ -119,6 +119,7 @@ type world struct {
 	opener *host // whose clients were the last to begin to reach a writable PostgreSQL
 
 	branches []*branch
+	newest   *branch // of the last commit that was acknowledged
 	counts   counts
 	bad      string // the first invariant that was broken
 	tracing  bool

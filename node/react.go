@@ -220,7 +220,7 @@ func (r *reactor) serverRounds(ctx context.Context) func() {
 	var (
 		primaryPID         int
 		primaryStarted     uint64
-		gone, foreign      time.Duration // since when; 0 = not
+		down, foreign      time.Duration // since when; 0 = not
 		woken, killedUntil time.Duration
 	)
 	return func() {
@@ -245,7 +245,7 @@ func (r *reactor) serverRounds(ctx context.Context) func() {
 			kind: p.Kind, wasPrimary: primaryPID != 0 && primaryPID == p.PID && primaryStarted == p.Started,
 			self: r.n.cfg.Name, owner: s.Owner, leader: s.Leader,
 			foreign: since(&foreign, s.Owner != "" && !s.Self && s.Leader != "" && s.Leader != r.n.cfg.Name),
-			gone:    since(&gone, p.Kind == postgres.Gone),
+			down:    since(&down, (p.Kind == postgres.Gone || p.Kind == postgres.Recovery) && s.Self && s.Leader == r.n.cfg.Name),
 			// Patroni is not to be woken while it is kept from starting PostgreSQL.
 			stopping: r.n.leaving.Load() || r.n.stopping.Load() || r.hold.Load(),
 			woken:    now - woken,

@@ -135,7 +135,7 @@ func TestDecideServer(t *testing.T) {
 		return o
 	}
 	gone := func(change func(*serverObservation)) serverObservation {
-		o := serverObservation{kind: postgres.Gone, self: "n1", owner: "n1", leader: "n1", gone: recoverAfter, woken: time.Hour}
+		o := serverObservation{kind: postgres.Gone, self: "n1", owner: "n1", leader: "n1", down: recoverAfter, woken: time.Hour}
 		change(&o)
 		return o
 	}
@@ -150,7 +150,9 @@ func TestDecideServer(t *testing.T) {
 		{"Patroni still has its time", hung(func(o *serverObservation) { o.foreign = time.Second }), serverLeave},
 		{"the owner hangs", hung(func(o *serverObservation) { o.owner, o.leader, o.foreign = "n1", "n1", 0 }), serverLeave},
 		{"crashed, and nobody has taken over", gone(func(*serverObservation) {}), serverWake},
-		{"just crashed", gone(func(o *serverObservation) { o.gone = 900 * ms }), serverLeave},
+		{"started again, and not promoted", gone(func(o *serverObservation) { o.kind = postgres.Recovery }), serverWake},
+		{"started again", gone(func(o *serverObservation) { o.kind = postgres.Primary }), serverLeave},
+		{"just crashed", gone(func(o *serverObservation) { o.down = 900 * ms }), serverLeave},
 		{"crashed, and another has taken over", gone(func(o *serverObservation) { o.owner = "n2" }), serverLeave},
 		{"crashed, and another has the leader key", gone(func(o *serverObservation) { o.leader = "n2" }), serverLeave},
 		{"Patroni was woken", gone(func(o *serverObservation) { o.woken = 0 }), serverLeave},

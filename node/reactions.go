@@ -182,7 +182,7 @@ type serverObservation struct {
 	owner      string        // of the gate; "" = unknown
 	leader     string        // by Patroni's key; "" = nobody
 	foreign    time.Duration // for how long another node has been the owner and the leader
-	gone       time.Duration // for how long PostgreSQL has been gone
+	down       time.Duration // for how long it has been gone, or no primary, on the owner with the leader key
 	stopping   bool          // it is being stopped, or restarted, on purpose
 	woken      time.Duration // since Patroni was last woken for it
 }
@@ -205,8 +205,11 @@ func decideServer(o serverObservation) (serverAction, string) {
 		return serverLeave, "on purpose"
 	case o.kind == postgres.Hung && o.wasPrimary && o.foreign >= demoteAfter:
 		return serverKill, fmt.Sprintf("%s has been the primary for %s and the old one here hangs", o.owner, o.foreign.Round(time.Second))
-	case o.kind == postgres.Gone && o.owner == o.self && o.leader == o.self && o.gone >= recoverAfter && o.woken >= wakeAgain:
+	case o.owner != o.self || o.leader != o.self || o.down < recoverAfter || o.woken < wakeAgain:
+	case o.kind == postgres.Gone:
 		return serverWake, "PostgreSQL has crashed and nobody has taken over"
+	case o.kind == postgres.Recovery:
+		return serverWake, "PostgreSQL runs and is not promoted yet"
 	}
 	return serverLeave, ""
 }

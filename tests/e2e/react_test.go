@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -16,8 +17,8 @@ import (
 	"pgha/node"
 )
 
-// TestReactions: what a node does by itself, at once, about a part that is gone
-// or hangs. The gaps that clients saw are printed.
+// TestReactions takes one cluster through what a node does by itself, at once,
+// about a part that is gone or hangs. The gaps that clients saw are printed.
 func TestReactions(t *testing.T) {
 	c := &trio{Bed: newBed(t)}
 	ctx := within(t, 2*trioWait)
@@ -281,7 +282,10 @@ func (c *trio) postgresHung(t *testing.T) {
 func (c *trio) fill(t *testing.T, host string, leave int) (empty func()) {
 	t.Helper()
 	const dir = "/var/lib/pgha/postgres"
-	script := fmt.Sprintf(`free=$(df --output=avail -B1 %s | tail -1); fallocate -l $((free - %d)) %s/ballast`, dir, leave, dir)
+	script := fmt.Sprintf(`cd %s; free=$(df --output=avail -B1 . | tail -1); fallocate -l $((free - %d)) ballast`, dir, max(leave, 16<<20))
+	if leave == 0 { // the file system needs some for itself: to the last byte
+		script += "; cat /dev/zero >> ballast; true"
+	}
 	if _, err := c.Host(host).Run(t.Context(), "sh", "-c", script); err != nil {
 		t.Fatal(err)
 	}
@@ -309,33 +313,42 @@ func (c *trio) diskFills(t *testing.T) {
 	}
 }
 
-// diskFull: a replica whose PostgreSQL ends for want of room is not started over
-// and over; the node says what to do, and goes on by itself when it was done.
+// diskFull: a PostgreSQL that ends for want of room, with nobody to hand over to,
+// is not started over and over; the node says what to do, and goes on by itself
+// when that was done.
 func (c *trio) diskFull(t *testing.T) {
 	before := c.state(t)
-	full := replicaOf(node.Status{Leader: before.leader})
+	other := replicaOf(node.Status{Leader: before.leader})
 	w := c.writer(t, before.leader)
-	empty := c.fill(t, full, 0)
-	postgres := before.data[full].Postmaster
-	if err := c.Host(full).Kill(postgres, syscall.SIGKILL); err != nil {
+	if err := c.PowerOff(other); err != nil {
 		t.Fatal(err)
 	}
+	c.goesOn(t, w)
+	empty := c.fill(t, before.leader, 0)
 	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	go func() { // so that there is WAL to write
+	var wg sync.WaitGroup
+	wg.Go(func() { // so that there is WAL to write
 		for ctx.Err() == nil {
-			_, _ = c.Pgha(ctx, before.leader, "psql", "-X", "-q", "-c", "SELECT pg_logical_emit_message(true, 'fill', repeat('x', 1000000)) FROM generate_series(1, 40)")
+			_, err := c.Pgha(ctx, before.leader, "psql", "-X", "-q", "-c", "SELECT pg_logical_emit_message(true, 'fill', repeat('x', 1000000)) FROM generate_series(1, 40)")
+			if err != nil { // it is full, or starting
+				select {
+				case <-ctx.Done():
+				case <-time.After(time.Second):
+				}
+			}
 		}
-	}()
-	c.await(t, "witness", full+" to say that its disk is full", func(s node.Status) bool {
-		return s.Leader == before.leader && slices.ContainsFunc(trioMember(t, s, full).Problems, func(p string) bool { return strings.Contains(p, "waiting for disk space") })
+	})
+	c.await(t, "witness", before.leader+" to say that its disk is full", func(s node.Status) bool {
+		return slices.ContainsFunc(trioMember(t, s, before.leader).Problems, func(p string) bool { return strings.Contains(p, "waiting for disk space") })
 	})
 	stop()
-	c.goesOn(t, w)
-	gap(t, "the replica's disk full", w)
+	wg.Wait()
 	empty()
-	s := c.healthy(t)
-	if s.Leader != before.leader {
+	c.goesOn(t, w)
+	if err := c.PowerOn(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	if s := c.healthy(t); s.Leader != before.leader {
 		t.Errorf("the primary is %s, was %s", s.Leader, before.leader)
 	}
 }
