@@ -5,6 +5,11 @@
 import http.client
 import socket
 import sys
+import time
+
+# An answer is good for a moment only: whoever was stopped since it was given
+# asks again.
+FRESH = 2.0
 
 
 class Connection(http.client.HTTPConnection):
@@ -14,13 +19,20 @@ class Connection(http.client.HTTPConnection):
         self.sock.connect(sys.argv[1])
 
 
-try:
-    c = Connection("pgha", timeout=float(sys.argv[2]))
-    c.request("POST", "/v1/admit")
-    answer = c.getresponse()
-    if answer.status == 200:
-        sys.exit(0)
-    print("pgha: " + answer.read().decode(errors="replace").strip(), file=sys.stderr)
-except OSError as e:
-    print("pgha cannot be asked whether to promote: %s" % e, file=sys.stderr)
+why = "pgha was not asked"
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    asked = time.monotonic()
+    try:
+        c = Connection("pgha", timeout=FRESH)
+        c.request("POST", "/v1/admit")
+        answer = c.getresponse()
+        body = answer.read().decode(errors="replace").strip()
+        if answer.status == 200 and time.monotonic() - asked < FRESH:
+            sys.exit(0)
+        why = "pgha: " + body
+    except (OSError, http.client.HTTPException) as e:
+        why = "pgha cannot be asked whether to promote: %s" % e
+        time.sleep(0.2)
+print(why, file=sys.stderr)
 sys.exit(1)

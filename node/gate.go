@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -62,6 +63,7 @@ func (n *Node) newGate(ctx context.Context) (*gatekeeper, error) {
 		Self: n.cfg.Name, Timers: gate.TimersOf(n.snapshot().Settings.Profile),
 		Store: gateStore{n}, Kernel: &gateKernel{k: k}, Peers: gatePeers{n}, Actor: g,
 		Changed: g.changed, Failover: g.failedOver, Log: n.opts.Log,
+		Permit: g.permit, Permitted: n.permitted(),
 	}
 	now := gate.SystemClock{}.Now()
 	switch {
@@ -274,6 +276,32 @@ func (g *gatekeeper) StopPostgres(why string) {
 	}()
 }
 
+// permission notes to which postmaster a promotion was allowed.
+type permission struct {
+	PID     int    `json:"pid"`
+	Started uint64 `json:"started"` // clock ticks since boot
+}
+
+func (n *Node) permissionFile() string { return filepath.Join(n.paths.Run, "promotion.json") }
+
+// permit notes that PostgreSQL may be promoted from now on. It outlives the
+// daemon, not the host.
+func (g *gatekeeper) permit() error {
+	p := g.watcher.Latest()
+	return fsx.WriteJSON(g.n.permissionFile(), permission{p.PID, p.Started}, 0o600)
+}
+
+// permitted says whether an earlier daemon has allowed a promotion to the
+// postmaster that still runs. In doubt it has.
+func (n *Node) permitted() bool {
+	var p permission
+	if err := fsx.ReadJSON(n.permissionFile(), &p); err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	runs, err := postgres.Runs(p.PID, p.Started)
+	return err != nil || runs
+}
+
 func (n *Node) hookSocket() string { return filepath.Join(n.paths.Run, "hook.sock") }
 func (n *Node) hookScript() string { return filepath.Join(n.paths.patroniDir(), "pre_promote.py") }
 
@@ -312,13 +340,15 @@ func (g *gatekeeper) serveHook(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /v1/admit", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), hookTimeout-5*time.Second)
+		// The hook asks again, so that it never acts on an old answer.
+		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		defer cancel()
-		g.n.log.Info("Patroni asks whether to promote PostgreSQL")
 		err := g.gate.Admit(ctx)
 		if err != nil {
-			g.n.log.Warn("PostgreSQL is not promoted", "why", err)
+			g.n.log.Info("PostgreSQL may not be promoted yet", "why", err)
 			err = &cluster.Error{Code: cluster.CodeConflict, Message: err.Error()}
+		} else {
+			g.n.log.Info("PostgreSQL may be promoted")
 		}
 		reply(w, struct{}{}, err)
 	})

@@ -63,20 +63,30 @@ func (r *router) loop(ctx context.Context) error {
 		r.mu.Lock()
 		want := r.target
 		r.mu.Unlock()
-		if want == r.done || want.owner == "" {
+		if want.owner == "" || (want == r.done && !(want.open && r.serves())) {
 			continue
 		}
 		if st := r.n.haproxy.Status(); st.State != supervisor.Running || st.Health.Checked.IsZero() {
 			continue // told when it runs
 		}
-		err := r.follow(ctx, want)
-		if err == nil {
+		var err error
+		if want == r.done {
+			// Patroni's answer is missed while it is started anew; the owner serves on.
+			err = r.n.runtime.SetServerHealth(ctx, haproxy.BackendReadWrite, want.owner, true)
+		} else if err = r.follow(ctx, want); err == nil {
 			r.done = want
 		}
 		if ctx.Err() == nil {
 			r.n.problem("haproxy routing", err)
 		}
 	}
+}
+
+// serves says whether the owner has committed just now, as this node sees it:
+// then it takes writes, whatever Patroni answers.
+func (r *router) serves() bool {
+	s := r.n.keeper.gate.Status()
+	return s.Quorum && s.State == gate.Open && s.Silent < s.Promise/2
 }
 
 // follow tells HAProxy: the sessions to everybody but the owner end, and no new

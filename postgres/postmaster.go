@@ -165,3 +165,13 @@ func holdsSharedMemory(pid int) (bool, error) {
 	}
 	return bytes.Contains(maps, []byte(" /SYSV")), nil
 }
+
+// Runs reports whether the postmaster of a Probe, by its PID and Started, is
+// still there.
+func Runs(pid int, started uint64) (bool, error) {
+	ticks, err := startTicks(pid)
+	if pgdata.Ended(err) {
+		return false, nil
+	}
+	return ticks == started, err
+}
