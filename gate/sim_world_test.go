@@ -110,7 +110,6 @@ type world struct {
 	direct [4][4]bool // the links between hosts that are cut
 	etcd   etcd
 	faults []*fault
-	steps  int
 	nth    [lastLabel]int
 	healed time.Duration // when all faults were over
 	flaky  time.Duration // etcd is slow and loses answers until then
