@@ -79,6 +79,7 @@ type Gate struct {
 	applied Want   // what the kernel has confirmed
 	sure    bool   // applied is still so, as far as is known
 	why     string // of what is not done
+	told    string // the last write that was logged
 	beat    time.Duration
 	helped  int
 	foreign Moment // since when another node has been the owner
@@ -167,7 +168,13 @@ func (g *Gate) next() Op {
 		g.why = why
 	}
 	if op.Kind != None && op.Kind != Read && op.Kind != Beat {
-		g.log.Info("writing the gate's record", "kind", string(op.Kind), "state", string(op.Put.State), "epoch", op.Put.Epoch, "why", why)
+		level := slog.LevelInfo
+		if told := string(op.Kind) + why; told == g.told { // without a quorum it is tried again and again
+			level = slog.LevelDebug
+		} else {
+			g.told = told
+		}
+		g.log.Log(context.Background(), level, "writing the gate's record", "kind", string(op.Kind), "state", string(op.Put.State), "epoch", op.Put.Epoch, "why", why)
 		g.trace.sent(op, g.m)
 	}
 	return op
@@ -185,6 +192,9 @@ func (g *Gate) done(a answer) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := g.cfg.Clock.Now()
+	if a.err == nil {
+		g.told = ""
+	}
 	before := g.m.view
 	had := g.m.quorum
 	g.m.Done(a.op, a.res, a.err, now)
