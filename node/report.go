@@ -14,6 +14,7 @@ import (
 	"pgha/internal/host"
 	"pgha/patroni"
 	"pgha/pki"
+	"pgha/postgres"
 	"pgha/supervisor"
 )
 
@@ -116,9 +117,27 @@ func (n *Node) report(ctx context.Context) Report {
 	}
 	r.Postgres = n.postgresReport(ctx, n.cfg.Address, n.cfg.Ports.Patroni)
 	if n.keeper != nil { // not before the daemon runs
-		disk := n.keeper.watcher.Latest()
-		r.Postgres.DiskFree, r.Postgres.DiskTotal = disk.DiskFree, disk.DiskTotal
+		r.Postgres = r.Postgres.seen(n.keeper.watcher.Latest())
 		r.Gate = n.keeper.report(ctx)
+	}
+	return r
+}
+
+// noPatroni is the state of a PostgreSQL whose Patroni does not answer, as while
+// it takes over renewed certificates.
+const noPatroni = "patroni does not answer"
+
+// seen adds what this node sees of its PostgreSQL itself.
+func (r PostgresReport) seen(p postgres.Probe) PostgresReport {
+	r.DiskFree, r.DiskTotal = p.DiskFree, p.DiskTotal
+	if r.State != noPatroni {
+		return r
+	}
+	switch p.Kind {
+	case postgres.Primary:
+		r.Role, r.Timeline, r.LSN = pgPrimary, p.Timeline, p.WriteLSN
+	case postgres.Recovery:
+		r.Role, r.Timeline, r.LSN = pgReplica, p.Timeline, p.ReceivedLSN
 	}
 	return r
 }
@@ -129,7 +148,7 @@ func (n *Node) postgresReport(ctx context.Context, addr netip.Addr, port uint16)
 	defer cancel()
 	st, err := n.restClient(n.snapshot(), addr, port).Status(ctx)
 	if err != nil {
-		return PostgresReport{State: "patroni does not answer"}
+		return PostgresReport{State: noPatroni}
 	}
 	r := PostgresReport{State: st.State, Timeline: st.Timeline, LSN: max(st.Location, st.ReceivedLocation), PendingRestart: st.PendingRestart}
 	if st.State == "running" || st.State == "streaming" {

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"pgha/cluster"
+	"pgha/postgres"
 )
 
 // three is a healthy cluster; cases change what they are about.
@@ -93,5 +94,26 @@ func TestTwoNodesSurviveTheSecond(t *testing.T) {
 	o.members[1].Etcd = etcdLearner
 	if v := assess(o); strings.Contains(v.text, "loss of n2") {
 		t.Errorf("the loss of the learner's node is survivable, but: %s", v.text)
+	}
+}
+
+// A Patroni that is away for a moment is no PostgreSQL that is away.
+func TestSeenWithoutPatroni(t *testing.T) {
+	silent := PostgresReport{State: noPatroni}
+	for _, tc := range []struct {
+		kind postgres.Kind
+		from PostgresReport
+		want string
+	}{
+		{postgres.Primary, silent, pgPrimary},
+		{postgres.Recovery, silent, pgReplica},
+		{postgres.Unknown, silent, ""},
+		{postgres.Hung, silent, ""},
+		{postgres.Primary, PostgresReport{State: "stopped"}, ""},
+		{postgres.Primary, PostgresReport{State: "running", Role: pgReplica}, pgReplica},
+	} {
+		if got := tc.from.seen(postgres.Probe{Kind: tc.kind}).Role; got != tc.want {
+			t.Errorf("%s, Patroni says %q: %q, want %q", tc.kind, tc.from.State, got, tc.want)
+		}
 	}
 }
