@@ -50,7 +50,7 @@ func TestHalfMadeBootstrap(t *testing.T) {
 					return errRuns(p)
 				}
 				text, err := os.ReadFile(filepath.Join(e.bed.Host("orphan").Dir(), "log", "patroni.log"))
-				if err == nil && !strings.Contains(string(text), "RetryFailedError") {
+				if err == nil && !strings.Contains(string(text), "Connection refused") {
 					err = errors.New("it has not")
 				}
 				return err

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -105,6 +106,10 @@ func changesAnyway(path string) bool {
 	return path == "/var/lib/pgha/etcd" || path == "/var/lib/pgha/postgres" || filepath.Ext(path) == ".tail"
 }
 
+// gateMoves matches what an owner's gate changes twice a second: the time in its
+// guard and its element.
+var gateMoves = regexp.MustCompile(`(?m)^\s*(meta time < .*|elements = \{ 5442 .*)$`)
+
 // inputDisk is everything of a host that bad input must leave alone: files with
 // their modes and contents, the firewall and the processes.
 func inputDisk(t *testing.T, h *lab.Host) map[string]string {
@@ -128,7 +133,7 @@ func inputDisk(t *testing.T, h *lab.Host) map[string]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all["firewall"] = rules
+	all["firewall"] = gateMoves.ReplaceAllString(rules, "")
 	for _, dir := range []string{"/etc/pgha", "/var/lib/pgha", "/run/pgha"} {
 		inputTree(t, h, dir, all, func(path string) bool { return live && changesAnyway(path) })
 	}
