@@ -56,6 +56,7 @@ SCHEDULES ?= 5000000
 soak: deps build ## do every fault 20 times (ROUNDS) and write docs/FAULTS.md
 	PGHA_SCHEDULES=$(SCHEDULES) PGHA_FIRST=$$(date +%s)00000 $(GO) test -timeout 48h -v -run Simulation ./gate
 	PGHA_BIN=$(abspath $(BIN)) PGHA_SOAK=$(ROUNDS) $(GO) test -race -timeout 48h $(ROOT_EXEC) -v -run TestFaults ./tests/faults
+	PGHA_BIN=$(abspath $(BIN)) PGHA_SOAK=$(ROUNDS) $(GO) test -race -timeout 2h $(ROOT_EXEC) -v -run TestReactions ./tests/e2e
 
 deps: ## install the Debian packages that the tests need
 	@$(GO) build -buildvcs=false -o bin/install-packages ./tests/packages
