@@ -238,11 +238,6 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		return nil // not readable yet; what runs goes on with what it has
 	}
 	cfg := n.patroniConfig(w)
-	hook, err := n.hookCommand()
-	if err != nil {
-		return fmt.Errorf("prepare Patroni's hook: %w", err)
-	}
-	cfg.PrePromote = hook
 	text, err := patroni.Render(cfg)
 	if err != nil {
 		return err
@@ -324,7 +319,7 @@ func (n *Node) patroniConfig(w world) patroni.Config {
 		Bundle: n.pki.BundlePath(pki.RolePatroni), PostgresBundle: n.pki.BundlePath(pki.RolePostgres), CAFile: n.pki.CAPath(),
 		EtcdAddr: n.etcdAddr(), RESTUser: cluster.PatroniRESTUser, RESTPassword: w.Secrets.PatroniREST,
 		ClientNets: w.Settings.ClientNets, Async: w.Settings.Async, Profile: w.Settings.Profile,
-		MemoryBytes: memory, CPUs: host.CPUs(), DiskBytes: disk,
+		MemoryBytes: memory, CPUs: host.CPUs(), DiskBytes: disk, PrePromote: n.hook,
 	}
 	for _, m := range w.Members {
 		if m.Role == cluster.RoleData {

@@ -54,6 +54,7 @@ type Node struct {
 	router  router
 	keeper  *gatekeeper // data nodes only
 	version patroni.Version
+	hook    string // what Patroni runs before a promotion
 
 	etcd  atomic.Pointer[embedded.Server]
 	store atomic.Pointer[cluster.Store]
@@ -184,6 +185,9 @@ func (n *Node) openData() error {
 	path, args, err := n.patroniCommand()
 	if err != nil {
 		return fmt.Errorf("prepare Patroni: %w", err)
+	}
+	if n.hook, err = n.hookCommand(); err != nil {
+		return fmt.Errorf("prepare Patroni's hook: %w", err)
 	}
 	if n.patroni, err = supervisor.New(n.patroniSpec(path, args), n.opts.Log); err != nil {
 		return fmt.Errorf("prepare Patroni: %w", err)
