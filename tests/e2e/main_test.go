@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -16,6 +15,7 @@ import (
 
 	"pgha/lab"
 	"pgha/lab/testbed"
+	"pgha/tests/undertest"
 )
 
 // bin is the program under test: PGHA_BIN, or one that is built here.
@@ -23,37 +23,7 @@ var bin string
 
 func TestMain(m *testing.M) {
 	lab.MaybeInit()
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "e2e:", err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func run(m *testing.M) (code int, err error) {
-	if bin = os.Getenv("PGHA_BIN"); bin != "" {
-		bin, err = filepath.Abs(bin)
-		if err != nil {
-			return 0, fmt.Errorf("find PGHA_BIN: %w", err)
-		}
-		return m.Run(), nil
-	}
-	dir, err := os.MkdirTemp("", "pgha-e2e-")
-	if err != nil {
-		return 0, fmt.Errorf("make directory: %w", err)
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if err := os.Chmod(dir, 0o755); err != nil {
-		return 0, fmt.Errorf("set mode of directory: %w", err)
-	}
-	bin = filepath.Join(dir, "pgha")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "pgha/cmd/pgha")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return 0, fmt.Errorf("build pgha: %w: %s", err, out)
-	}
-	return m.Run(), nil
+	os.Exit(undertest.Main(m, &bin))
 }
 
 // newBed makes an empty lab that ends with the test. When the test fails, the
