@@ -21,7 +21,7 @@ ROOT_EXEC := $(if $(SUDO),-exec 'sudo -E')
 # Room for two cores that whole clusters share. One package at a time where the
 # hosts of a test keep both busy; a run that hangs shows its goroutines.
 GO_TEST = $(GO) test -race -timeout 30m $(ROOT_EXEC)
-SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/systemd/... ./tests/faults/...
+SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/day2/... ./tests/systemd/... ./tests/faults/...
 
 LINT = $(GO) tool -modfile=tools/go.mod golangci-lint
 

@@ -413,6 +413,11 @@ func (m *Machine) Done(op Op, r Result, err error, now Moment) {
 			m.extend = 0
 		}
 	}
+	if op.Kind == Beat && !r.Done {
+		// Most likely a beat of its own, whose answer was lost, has come through
+		// after all. Others may be about to conclude that this node is gone.
+		m.beatAt = Moment{}
+	}
 	if m.view.Record.State == Shut {
 		m.lease = Moment{}
 	}

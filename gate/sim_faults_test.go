@@ -220,10 +220,10 @@ func (w *world) effect(f *fault, h *host) {
 	case profile:
 		t := TimersOf([]string{"fast", "steady", "wide"}[w.rng.IntN(3)])
 		w.t = t
-		for _, o := range w.data { // each learns of it in its time
+		for _, o := range w.data { // each learns of it in its time, and never goes back to an older one
 			w.after(w.between(0, 2*time.Second), func() {
 				if o.pgha.alive {
-					o.pgha.after(0, func() { o.pgha.m.SetTimers(t) })
+					o.pgha.after(0, func() { o.pgha.m.SetTimers(w.t) })
 				}
 			})
 		}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,6 +51,9 @@ func (n *Node) serveLocal(ctx context.Context) error {
 	mux.HandleFunc("DELETE /v1/tokens/{id}", n.revokeToken)
 	mux.HandleFunc("POST /v1/leave", n.leaveHandler)
 	mux.HandleFunc("POST /v1/certificates", n.renewHandler)
+	mux.HandleFunc("POST /v1/operations/{kind}", n.operationHandler)
+	mux.HandleFunc("DELETE /v1/operations/{id}", n.interruptHandler)
+	mux.HandleFunc("GET /v1/events", n.eventsHandler)
 	return serveHTTP(ctx, l, mux, n.opts.Log)
 }
 
@@ -108,6 +112,21 @@ func (n *Node) peersOnly(h http.HandlerFunc) http.Handler {
 		id, err := n.caller(r)
 		if err == nil && !n.onRoster(id.Node) {
 			err = noPeer(fmt.Errorf("node %q is not a member of this cluster", id.Node))
+		}
+		if err != nil {
+			reply(w, nil, err)
+			return
+		}
+		h(w, r)
+	})
+}
+
+// dataPeersOnly is peersOnly for what a witness must not be able to do.
+func (n *Node) dataPeersOnly(h http.HandlerFunc) http.Handler {
+	return n.peersOnly(func(w http.ResponseWriter, r *http.Request) {
+		id, err := n.caller(r)
+		if err == nil && !slices.Contains(n.dataNodes(), id.Node) {
+			err = &cluster.Error{Code: cluster.CodeNoMember, Message: fmt.Sprintf("only a data node may ask for this, and %s is none", id.Node)}
 		}
 		if err != nil {
 			reply(w, nil, err)

@@ -56,6 +56,7 @@ func (p Paths) lock() string        { return filepath.Join(p.Run, "pgha.lock") }
 func (p Paths) etcd() string        { return filepath.Join(p.Lib, "etcd") }
 func (p Paths) etcdFatal() string   { return filepath.Join(p.Lib, "etcd-fatal.json") }
 func (p Paths) roster() string      { return filepath.Join(p.Lib, "roster.json") }
+func (p Paths) events() string      { return filepath.Join(p.Lib, "events.json") }
 func (p Paths) sealingKey() string  { return filepath.Join(p.PKI(), "sealing.key") }
 func (p Paths) sealedCAKey() string { return filepath.Join(p.PKI(), "ca.key.sealed") }
 func (p Paths) secrets() string     { return filepath.Join(p.Lib, "secrets.sealed") }

@@ -3,12 +3,9 @@ package node
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"syscall"
 
 	"pgha/cluster"
 )
@@ -29,14 +26,7 @@ func NewLocal(p Paths) *Local {
 }
 
 func (l *Local) call(ctx context.Context, method, path string, in, out any) error {
-	err := callAPI(ctx, l.http, method, "http://pgha"+path, in, out)
-	switch {
-	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return ErrNotRunning
-	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("speak to pgha: this needs root: run it with sudo")
-	}
-	return err
+	return localError(callAPI(ctx, l.http, method, "http://pgha"+path, in, out))
 }
 
 // Status returns the cluster's status as this node sees it.

@@ -71,6 +71,8 @@ type Node struct {
 
 	kick chan struct{} // wakes the reconciler
 	seen peers         // what the other members answered lately
+	runs runs          // operations that this daemon runs
+	news eventLog      // events that are not stored yet
 
 	mu        sync.Mutex
 	waiting   string               // what the start waits for; "" once it is over
@@ -254,6 +256,7 @@ func (n *Node) Run(ctx context.Context) error {
 	serve("lead", n.leadLoop)
 	serve("watch peers", n.seen.loop)
 	serve("watch firewall", n.watchFirewall)
+	serve("keep events", n.keepEvents)
 	serve("ping watchdog", n.pingWatchdog)
 	if n.cfg.Role == cluster.RoleData {
 		serve("route", n.router.loop)
@@ -286,6 +289,7 @@ func (n *Node) stop(asked bool) error {
 		n.stopping.Store(true)
 		err = n.stopChildren()
 	}
+	err = errors.Join(err, n.saveEvents())
 	if s := n.etcd.Swap(nil); s != nil {
 		s.Stop()
 	}

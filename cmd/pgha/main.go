@@ -71,7 +71,7 @@ func newApp() *cli.App {
 		},
 		Commands: []*cli.Command{
 			initCommand(), joinCommand(), statusCommand(), configCommand(), tokenCommand(), psqlCommand(), logsCommand(),
-			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(),
+			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(), eventsCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

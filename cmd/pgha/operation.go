@@ -1,0 +1,73 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/urfave/cli/v2"
+
+	"pgha/node"
+)
+
+var timeoutFlag = &cli.DurationFlag{Name: "timeout", Usage: "give up after this long; what is begun may be left half done, and is said", DefaultText: "one hour"}
+
+// operationFlags are what every operation takes.
+var operationFlags = []cli.Flag{timeoutFlag, yesFlag, jsonFlag}
+
+// operate has the local daemon run an operation: it prints each step, and at the
+// end the status that the cluster is in. result, a pointer or nil, takes what the
+// operation returns.
+func operate(c *cli.Context, kind string, req, result any) error {
+	local, p := node.NewLocal(node.DefaultPaths()), newProgress()
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return fmt.Errorf("make id of operation: %w", err)
+	}
+	body, err := json.Marshal(req)
+	if err != nil {
+		return fmt.Errorf("encode request: %w", err)
+	}
+	if c.Duration("timeout") < 0 {
+		return errors.New("--timeout is below 0: give a time such as 5m")
+	}
+	var answer json.RawMessage
+	o := node.OperationRequest{ID: id.String(), Actor: operator(), Timeout: c.Duration("timeout"), Request: body}
+	if err := local.Operate(c.Context, kind, o, &answer, func(step string) { p.say("%s", step) }); err != nil {
+		return err
+	}
+	if result != nil {
+		if err := json.Unmarshal(answer, result); err != nil {
+			return fmt.Errorf("decode result: %w", err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 15*time.Second)
+	defer cancel()
+	s, err := local.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("%s is done, but the status cannot be read: %w", kind, err)
+	}
+	if c.Bool("json") {
+		return printJSON(os.Stdout, map[string]any{"result": answer, "status": s})
+	}
+	fmt.Fprintln(os.Stderr)
+	printStatus(os.Stdout, s)
+	return nil
+}
+
+// operator is who runs this command: the user behind sudo, where there is one.
+func operator() string {
+	if name := os.Getenv("SUDO_USER"); name != "" && !strings.ContainsAny(name, "@ \t\n") {
+		return name
+	}
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return fmt.Sprintf("uid %d", os.Getuid())
+}
