@@ -171,6 +171,7 @@ type joinAction int
 const (
 	joinRefused joinAction = iota
 	joinNew                // consume the token and write the member
+	joinReplace            // take out the member that the token replaces, then look again
 	joinRepeat             // the token has been consumed by this very join
 )
 
@@ -214,16 +215,21 @@ func decideJoin(f joinFacts, req JoinRequest, csrHash string) (joinAction, error
 	case TokenExpired:
 		return joinRefused, refuse(CodeTokenExpired, "the token %s expired at %s: create a new one (pgha token create)", f.token.ID, clock(f.token.Expires))
 	}
+	action := joinNew
 	for _, m := range f.members {
+		if m.Name == f.token.Replaces { // its name and address become free
+			action = joinReplace
+			continue
+		}
 		if m.Name == req.Name {
-			return joinRefused, refuse(CodeNameTaken, "the cluster has a member %s already (%s, %s, since %s): choose another name, or run pgha reset on that node first",
-				m.Name, m.Addr, string(m.State), clock(m.JoinedAt))
+			return joinRefused, refuse(CodeNameTaken, "the cluster has a member %s already (%s, %s, since %s): choose another name; or run pgha leave on that node, or pgha member replace %s if it is gone for good",
+				m.Name, m.Addr, string(m.State), clock(m.JoinedAt), m.Name)
 		}
 		if m.Addr == req.Addr {
 			return joinRefused, refuse(CodeAddressTaken, "member %s has the address %s already: each node needs its own", m.Name, m.Addr)
 		}
 	}
-	return joinNew, nil
+	return action, nil
 }
 
 // decideToken holds the rules of the token that a repeated join must meet too.

@@ -29,6 +29,15 @@ type Membership interface {
 	AddLearner(ctx context.Context, peerURL string) (initialCluster map[string]string, err error)
 }
 
+// Replacement is a member that gives its place to another.
+type Replacement struct {
+	Old    string // who is taken out
+	By     string // who made the token
+	Token  string // its id
+	New    Member // who joins
+	DryRun bool   // only say whether it would be refused
+}
+
 // Server takes new members in and renews certificates. All fields but those
 // marked optional must be set, and not changed once it serves. It is safe for
 // concurrent use; a Server must not be copied.
@@ -41,9 +50,13 @@ type Server struct {
 	CA         func() (*pki.CA, error)    // nil on a witness
 	Key        func() (SealingKey, error) // nil on a witness
 	Membership Membership
-	OnMember   func(Member)     // optional; called before the answer: opens the firewall
-	Now        func() time.Time // optional
-	Log        *slog.Logger     // optional
+	// Replace takes a member that is gone for good out of the cluster, in favour
+	// of one that joins. It refuses, with an [*Error], while that one may still be
+	// alive or the others cannot do without it. nil: no token replaces anybody.
+	Replace  func(context.Context, Replacement) error
+	OnMember func(Member)     // optional; called before the answer: opens the firewall
+	Now      func() time.Time // optional
+	Log      *slog.Logger     // optional
 
 	fails failures
 }
@@ -142,8 +155,20 @@ func (s *Server) tryJoin(ctx context.Context, remote netip.Addr, req JoinRequest
 	if err != nil {
 		return JoinResponse{}, false, err
 	}
+	if action == joinReplace {
+		if s.Replace == nil {
+			return JoinResponse{}, false, refuse(CodeCannotSign, "%s cannot replace a member: ask another data node", s.Node)
+		}
+		r := Replacement{Old: v.token.Replaces, By: v.token.CreatedBy, Token: v.token.ID, New: self, DryRun: req.DryRun}
+		if err := s.Replace(ctx, r); err != nil {
+			return JoinResponse{}, false, err
+		}
+	}
 	if req.DryRun {
 		return JoinResponse{}, true, nil
+	}
+	if action == joinReplace {
+		return JoinResponse{}, false, nil // the roster has changed
 	}
 	written, err := s.Store.admit(ctx, v, self, now)
 	if err != nil || !written {
@@ -181,7 +206,9 @@ func (s *Server) authenticate(ctx context.Context, remote netip.Addr, v joinView
 
 // prepare makes everything of the answer that does not depend on etcd's members.
 func (s *Server) prepare(ca *pki.CA, key SealingKey, v joinView, self Member, csrs map[pki.Role][]byte, now time.Time) (JoinResponse, error) {
-	roster := append(slices.Clone(v.members), self)
+	roster := slices.DeleteFunc(append(slices.Clone(v.members), self), func(m Member) bool {
+		return m.Name == v.token.Replaces && m.TokenID != self.TokenID
+	})
 	certs, err := sign(ca, LeafSpecs(s.Identity, self, roster, v.settings), csrs, now)
 	if err != nil {
 		return JoinResponse{}, err

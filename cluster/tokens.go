@@ -33,6 +33,9 @@ type TokenSpec struct {
 	Name string        // when set, only a node of this name may use it
 	TTL  time.Duration // 0: DefaultTokenTTL
 	Uses int           // 0: one
+	// Replaces names a member that is gone for good: who joins with the token
+	// takes its place, which is taken from it in the same moment.
+	Replaces string
 }
 
 func (s *TokenSpec) complete() error {
@@ -59,6 +62,9 @@ func (s *TokenSpec) complete() error {
 	if s.Name != "" && s.Uses > 1 {
 		return fmt.Errorf("a token for the one node %s cannot have %d uses", s.Name, s.Uses)
 	}
+	if s.Replaces != "" && s.Uses > 1 {
+		return fmt.Errorf("a token that replaces the one node %s cannot have %d uses", s.Replaces, s.Uses)
+	}
 	return nil
 }
 
@@ -79,6 +85,7 @@ type TokenInfo struct {
 	ID           string     `json:"id"`
 	Role         NodeRole   `json:"role"`
 	Name         string     `json:"name,omitempty"`
+	Replaces     string     `json:"replaces,omitempty"`
 	State        TokenState `json:"state"`
 	CreatedAt    time.Time  `json:"created_at"`
 	CreatedBy    string     `json:"created_by"`
@@ -100,6 +107,7 @@ type tokenRecord struct {
 	Hash      []byte     `json:"hash"` // SHA-256 of the secret's text
 	Role      NodeRole   `json:"role"`
 	Name      string     `json:"name,omitempty"`
+	Replaces  string     `json:"replaces,omitempty"`
 	CreatedAt time.Time  `json:"created_at"`
 	CreatedBy string     `json:"created_by"`
 	Expires   time.Time  `json:"expires"`
@@ -146,7 +154,7 @@ func (r tokenRecord) purgeable(now time.Time) bool {
 
 func (r tokenRecord) info(now time.Time) TokenInfo {
 	i := TokenInfo{
-		ID: r.ID, Role: r.Role, Name: r.Name, State: r.state(now), CreatedAt: r.CreatedAt, CreatedBy: r.CreatedBy,
+		ID: r.ID, Role: r.Role, Name: r.Name, Replaces: r.Replaces, State: r.state(now), CreatedAt: r.CreatedAt, CreatedBy: r.CreatedBy,
 		Expires: r.Expires, UsesLeft: max(0, r.Uses-len(r.UsedBy)), WrongSecrets: r.Wrong,
 	}
 	for _, u := range r.UsedBy {
@@ -180,7 +188,7 @@ func (s *Store) CreateToken(ctx context.Context, spec TokenSpec, pin [32]byte, a
 	}
 	hash := sha256.Sum256([]byte(t.Secret))
 	rec := tokenRecord{
-		ID: t.ID, Hash: hash[:], Role: spec.Role, Name: spec.Name, CreatedAt: stamp(now), CreatedBy: createdBy,
+		ID: t.ID, Hash: hash[:], Role: spec.Role, Name: spec.Name, Replaces: spec.Replaces, CreatedAt: stamp(now), CreatedBy: createdBy,
 		Expires: t.Expires, Uses: spec.Uses,
 	}
 	if err := s.put(ctx, s.tokenKey(t.ID), rec, 0); err != nil {
@@ -232,6 +240,29 @@ func (s *Store) RevokeToken(ctx context.Context, id string) error {
 		r.RevokedAt = &at
 		return true
 	})
+}
+
+// RevokeTokensOf ends the tokens that would let a node in again, or another in
+// its place: those made for it by name, those that replace it, and the one that
+// it joined with. spare is one to keep, "" for none. It returns how many it has
+// ended.
+func (s *Store) RevokeTokensOf(ctx context.Context, name, joinedWith, spare string) (int, error) {
+	recs, err := s.tokenRecords(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("revoke tokens of %s: %w", name, err)
+	}
+	now, ended := time.Now(), 0
+	for _, r := range recs {
+		its := r.Name == name || r.Replaces == name || r.ID == joinedWith
+		if !its || r.ID == spare || r.state(now) != TokenValid {
+			continue
+		}
+		if err := s.RevokeToken(ctx, r.ID); err != nil {
+			return ended, fmt.Errorf("revoke tokens of %s: %w", name, err)
+		}
+		ended++
+	}
+	return ended, nil
 }
 
 // countWrongSecret notes a wrong secret; the tenth locks the token.

@@ -75,6 +75,9 @@ type Policy struct {
 	// Probes are the sources of a load balancer's health probes. They may reach
 	// Health, ReadWrite and ReadOnly.
 	Probes []netip.Addr
+	// Former holds the addresses of former members. They may reach API, where they
+	// are told that they are members no more.
+	Former []netip.Addr
 	// JoinOpen opens API to everyone, with new connections limited in rate, so
 	// that a host which is no member yet can join.
 	JoinOpen bool

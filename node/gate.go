@@ -154,6 +154,7 @@ func (g *gatekeeper) run(ctx context.Context) {
 	wg.Go(func() { _ = g.gate.Run(ctx) }) // it ends with ctx alone
 	wg.Go(func() { _ = g.watcher.Run(ctx) })
 	wg.Go(func() { g.feed(ctx) })
+	wg.Go(func() { g.tellRoles(ctx) })
 	wg.Go(func() { g.watchKernel(ctx) })
 	wg.Go(func() { g.reactor.run(ctx) })
 	wg.Go(func() {
@@ -251,6 +252,7 @@ func (g *gatekeeper) failedOver(f gate.Failover) {
 	g.kept = append(g.kept, f)
 	g.mu.Unlock()
 	g.n.wake()
+	g.n.event(EventRole, f.To, actorPgha, "%s %s", f.Kind, FailoverText(f))
 	g.n.log.Info("failover complete", "from", f.From, "to", f.To, "epoch", f.Epoch, "kind", string(f.Kind), "total_ms", f.Total().Milliseconds(),
 		"detect_ms", f.Detect.Milliseconds(), "fence_ms", f.Fence.Milliseconds(), "admit_ms", f.Admit.Milliseconds(),
 		"promote_ms", f.Promote.Milliseconds(), "route_ms", f.Route.Milliseconds())

@@ -47,6 +47,7 @@ type duties struct {
 	lastReason string
 	unstarted  map[uint64]time.Time // since when a member has been seen unstarted
 	nextDefrag time.Time
+	tell       teller
 }
 
 func (d *duties) round(ctx context.Context) error {
@@ -55,8 +56,13 @@ func (d *duties) round(ctx context.Context) error {
 		return nil
 	}
 	st, err := srv.Status(ctx)
-	if err != nil || !st.HasLeader {
+	if err != nil {
 		return nil // the etcd part reports it
+	}
+	d.tell.quorum(d.n, st, time.Now())
+	d.tell.peers(d.n, d.n.snapshot().Members, st.IsLeader, time.Now())
+	if !st.HasLeader {
+		return nil
 	}
 	d.defrag(ctx, srv)
 	if err := d.settle(ctx, store); err != nil {
@@ -79,10 +85,20 @@ func (d *duties) settle(ctx context.Context, store *cluster.Store) error {
 		if m.Name != d.n.cfg.Name || (m.State == cluster.StateMember && m.Version == Version) {
 			continue
 		}
-		return store.UpdateMember(ctx, m.Name, func(m *cluster.Member) error {
+		old := m
+		err := store.UpdateMember(ctx, m.Name, func(m *cluster.Member) error {
 			m.State, m.Version = cluster.StateMember, Version
 			return nil
 		})
+		switch {
+		case err != nil:
+			return err
+		case old.State != cluster.StateMember:
+			d.n.event(EventMembership, m.Name, actorPgha, "%s has joined as a %s node, at %s", m.Name, m.Role, m.Addr)
+		default:
+			d.n.event(EventUpgrade, m.Name, actorPgha, "pgha on %s is version %s now, it was %s", m.Name, Version, old.Version)
+		}
+		return nil
 	}
 	return nil
 }
@@ -147,7 +163,7 @@ func (d *duties) promote(ctx context.Context, srv *embedded.Server, id uint64) e
 	for {
 		err := srv.Promote(ctx, id)
 		if err == nil {
-			d.n.log.Info("learner is a voter now", "id", fmt.Sprintf("%x", id))
+			d.n.event(EventMembership, d.memberOf(ctx, srv, id), actorPgha, "its etcd member votes now")
 			d.n.wake()
 			return nil
 		}
@@ -155,6 +171,18 @@ func (d *duties) promote(ctx context.Context, srv *embedded.Server, id uint64) e
 			return errors.Join(fmt.Errorf("promote learner %x", id), err)
 		}
 	}
+}
+
+// memberOf is the node's name of an etcd member, or its id.
+func (d *duties) memberOf(ctx context.Context, srv *embedded.Server, id uint64) string {
+	if st, err := srv.Status(ctx); err == nil {
+		for _, m := range st.Members {
+			if m.ID == id && m.Name != "" {
+				return m.Name
+			}
+		}
+	}
+	return fmt.Sprintf("%x", id)
 }
 
 // dropAbandoned frees the names of joins that nobody finished.
@@ -178,7 +206,7 @@ func (d *duties) dropAbandoned(ctx context.Context, srv *embedded.Server, store 
 		if started {
 			continue
 		}
-		d.n.log.Warn("a join was abandoned; its name is free again", "name", m.Name, "since", m.JoinedAt)
+		d.n.event(EventMembership, m.Name, actorPgha, "its join was abandoned at %s; the name is free again", m.JoinedAt.Format(time.DateTime))
 		if err := store.DropAbandoned(ctx, m); err != nil && !errors.Is(err, cluster.ErrConflict) {
 			return err
 		}

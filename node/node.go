@@ -73,6 +73,7 @@ type Node struct {
 	seen peers         // what the other members answered lately
 	runs runs          // operations that this daemon runs
 	news eventLog      // events that are not stored yet
+	told teller        // used by the reconciler alone
 
 	mu        sync.Mutex
 	waiting   string               // what the start waits for; "" once it is over
@@ -231,6 +232,7 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 	defer closeGate()
 
+	n.event(EventRestart, n.cfg.Name, actorPgha, "pgha %s has started", Version)
 	// Whatever a dead daemon has left running is taken over before anything
 	// that can wait: Patroni must not miss its etcd for long.
 	n.adoptChildren(ctx)
@@ -279,13 +281,13 @@ func (n *Node) stop(asked bool) error {
 	}
 	var err error
 	if !asked || why == systemd.RestartUnit {
-		n.log.Info("leaving Patroni and HAProxy running for the next daemon")
+		n.event(EventRestart, n.cfg.Name, actorPgha, "pgha stops and leaves Patroni, PostgreSQL and HAProxy running for the next daemon")
 		err = errors.Join(n.promiseRestart(), n.detachChildren())
 	} else {
 		if err := systemd.NotifyStopping(); err != nil {
 			n.log.Warn("cannot tell systemd", "err", err)
 		}
-		n.log.Info("stopping the node", "why", why.String())
+		n.event(EventRestart, n.cfg.Name, actorPgha, "the node stops, PostgreSQL with it: %s", why)
 		n.stopping.Store(true)
 		err = n.stopChildren()
 	}
@@ -362,9 +364,10 @@ func (n *Node) problem(part string, err error) {
 	switch {
 	case text == old:
 	case text == "":
-		n.log.Info("problem is over", "part", part)
+		n.event(EventFault, n.cfg.Name, actorPgha, "%s: all right again", part)
 	default:
 		n.log.Error("problem", "part", part, "err", text)
+		n.event(EventFault, n.cfg.Name, actorPgha, "%s: %s", part, text)
 	}
 }
 

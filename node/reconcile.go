@@ -66,6 +66,7 @@ func (n *Node) reconcile(ctx context.Context) {
 	n.partProblem(ctx, "patroni configuration", n.reconcilePatroni(ctx, w))
 	n.partProblem(ctx, "haproxy configuration", n.reconcileHAProxy(ctx, w))
 	n.partProblem(ctx, "gate", n.keeper.reconcile(ctx, w))
+	n.told.children(n)
 }
 
 // partProblem is problem for what was done under ctx: that it was cut short
