@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 )
@@ -121,10 +123,19 @@ type Member struct {
 	CSRHash  string      `json:"csr_hash,omitempty"`
 	State    MemberState `json:"state"`
 	Version  string      `json:"version"` // of pgha
+	// Maintenance is set while the node is not to be promoted.
+	Maintenance *Maintenance `json:"maintenance,omitempty"`
 
 	// Rev is the etcd revision of this entry as it was read; 0 means that it
 	// was not read from the store. [Store.PutMember] compares it.
 	Rev int64 `json:"-"`
+}
+
+// Maintenance says who has taken a node out of service for a while, and why.
+type Maintenance struct {
+	Since  time.Time `json:"since"`
+	By     string    `json:"by"` // as root@n1
+	Reason string    `json:"reason,omitempty"`
 }
 
 // PeerURL is the address at which other etcd members reach this one.
@@ -168,6 +179,20 @@ type Settings struct {
 	SANs       []string       `json:"sans,omitempty"`        // names and addresses of the load balancer
 	ClientNets []netip.Prefix `json:"client_nets,omitempty"` // from where clients may connect
 	ProbeAddrs []netip.Addr   `json:"probe_addrs,omitempty"` // from where the load balancer probes
+	// HBA are the operator's own lines of pg_hba.conf.
+	HBA []string `json:"hba,omitempty"`
+	// Postgres are parameters of PostgreSQL for all nodes, by name.
+	Postgres map[string]string `json:"postgres,omitempty"`
+	// Nodes are what single nodes have otherwise, by the node's name.
+	Nodes map[string]NodeSettings `json:"nodes,omitempty"`
+	// Change is the number of the change that made these settings; 0 since init.
+	Change int64 `json:"change,omitempty"`
+}
+
+// NodeSettings are the settings of one node.
+type NodeSettings struct {
+	Memory   string            `json:"memory,omitempty"` // what its PostgreSQL is sized to, as "4GB"
+	Postgres map[string]string `json:"postgres,omitempty"`
 }
 
 // Profiles are the known timer profiles, the default first.
@@ -189,7 +214,41 @@ func (s Settings) Validate() error {
 			errs = append(errs, fmt.Errorf("probe address %s is not the address of a host", a))
 		}
 	}
+	for _, line := range s.HBA {
+		errs = append(errs, validateText("hba rule", line))
+	}
+	errs = append(errs, validateParameters(s.Postgres))
+	for name, n := range s.Nodes {
+		errs = append(errs, ValidateName("node name", name), validateText("memory of node "+name, n.Memory), validateParameters(n.Postgres))
+	}
 	return errors.Join(errs...)
+}
+
+// maxText bounds a value, in bytes: settings travel in every join.
+const maxText = 4096
+
+// parameterRE also fits parameters of extensions, as auto_explain.log_analyze.
+var parameterRE = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*$`)
+
+func validateParameters(p map[string]string) error {
+	var errs []error
+	for name, value := range p {
+		if len(name) > 128 || !parameterRE.MatchString(name) {
+			errs = append(errs, fmt.Errorf("%q is not the name of a parameter of PostgreSQL", name))
+		}
+		errs = append(errs, validateText("value of "+name, value))
+	}
+	return errors.Join(errs...)
+}
+
+func validateText(what, s string) error {
+	switch {
+	case len(s) > maxText:
+		return fmt.Errorf("%s is longer than %d bytes", what, maxText)
+	case !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl):
+		return fmt.Errorf("%s holds a line break or another control character", what)
+	}
+	return nil
 }
 
 var (

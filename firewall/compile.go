@@ -102,6 +102,12 @@ func Compile(p Policy) (Ruleset, error) {
 		rule(source("probes4", false), portLookup("probe_ports", false), verdict(expr.VerdictAccept)),
 		rule(source("probes6", true), portLookup("probe_ports", false), verdict(expr.VerdictAccept)),
 	}
+	if len(p.Former) > 0 && p.Ports.API != 0 {
+		r.Sets = append(r.Sets, addrSet("former4", false, false, hosts(p.Former, false)), addrSet("former6", true, false, hosts(p.Former, true)))
+		r.Rules = append(r.Rules,
+			rule(source("former4", false), port(p.Ports.API), verdict(expr.VerdictAccept)),
+			rule(source("former6", true), port(p.Ports.API), verdict(expr.VerdictAccept)))
+	}
 	for _, n := range all {
 		counter := "drop_" + n.name
 		r.Counters = append(r.Counters, counter)

@@ -41,6 +41,10 @@ func testPolicies() map[string]Policy {
 			Mode: ModePorts, Ports: Ports{EtcdClient: 2379, EtcdPeer: 2380, API: 8432},
 			Members: addrs("10.0.0.11", "10.0.0.12", "10.0.0.13"),
 		},
+		"former": {
+			Mode: ModePorts, Ports: testPorts,
+			Members: addrs("10.0.0.11"), Former: addrs("10.0.0.12", "10.0.0.12", "fd00::13"),
+		},
 	}
 }
 

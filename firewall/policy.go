@@ -117,6 +117,9 @@ func (p Policy) Validate() error {
 	for _, a := range p.Probes {
 		errs = append(errs, checkAddr("probe source", a))
 	}
+	for _, a := range p.Former {
+		errs = append(errs, checkAddr("former member", a))
+	}
 	for _, c := range p.Clients {
 		errs = append(errs, checkPrefix(c))
 	}

@@ -68,9 +68,7 @@ type Machine struct {
 	kernelShut  bool   // the kernel is known to be shut
 	admitted    Moment // when a promotion was allowed that may still be to come
 
-	pending *Op    // sent, not answered
-	unsure  Moment // when an answer was lost that may have made this node the owner, or may yet
-	oath    Moment // until when this node has promised to keep off
+	oath Moment // until when this node has promised to keep off
 }
 
 // NewMachine returns the gate of the node self. kernel is until when the kernel
@@ -155,9 +153,6 @@ func (m *Machine) want(now Moment) Want {
 	if m.owner() {
 		return m.wantAsOwner(o)
 	}
-	if m.closing(o) {
-		return Want{Pass: Nobody, Why: "becoming the owner"}
-	}
 	if o.admitted {
 		return Want{Pass: Nobody, Why: "PostgreSQL may be promoted by a permission given before"}
 	}
@@ -191,22 +186,6 @@ func (m *Machine) wantAsOwner(o observation) Want {
 	return Want{Pass: Keep, Why: "PostgreSQL is " + string(m.local.Process)}
 }
 
-// closing says whether the gate has to be shut because this node is about to
-// become, or may already be, the owner.
-func (m *Machine) closing(o observation) bool {
-	if !m.off.on(guardShutFirst) {
-		return false
-	}
-	if p := m.pending; p != nil && p.Kind != Read && p.Kind != Beat && p.Kind != Release {
-		return true
-	}
-	if m.view.Leader == m.self {
-		return true // Patroni is about to promote
-	}
-	take, _ := decideTakeover(o, m.off)
-	return take
-}
-
 // Applied reports that the kernel does what w asked for. It must not be called
 // unless the kernel has confirmed it.
 func (m *Machine) Applied(w Want) {
@@ -224,10 +203,6 @@ func (m *Machine) Applying(w Want) {
 		m.outstanding = later(m.outstanding, w.Until.Add(Margin(w.Until.Sub(w.from))))
 	}
 }
-
-// unsureFor is for how long a transaction whose answer was lost may still be
-// carried out: it may wait in a connection that is cut and comes back.
-const unsureFor = 30 * time.Second
 
 // Admit says whether PostgreSQL here may be promoted now. Patroni asks before
 // each promotion, whoever decided on it.
@@ -259,7 +234,6 @@ func (m *Machine) Next(now Moment) (Op, string) {
 	op, why := m.next(now)
 	if op.Kind != None {
 		op.At = now
-		m.pending = &op
 		switch op.Kind {
 		case Beat:
 			m.beatAt = now
@@ -291,11 +265,7 @@ func (m *Machine) next(now Moment) (Op, string) {
 		}
 		return Op{}, ""
 	}
-	closed := m.kernelShut || !m.off.on(guardShutFirst)
 	if ok, why := decideCreate(o); ok {
-		if !closed {
-			return read, "shutting the gate first"
-		}
 		return m.write(Create, now, Promoting), why
 	}
 	ok, why := decideClaim(o, m.off)
@@ -304,11 +274,8 @@ func (m *Machine) next(now Moment) (Op, string) {
 		ok, why = decideTakeover(o, m.off)
 		kind = Takeover
 	}
-	switch {
-	case !ok:
+	if !ok {
 		return read, why
-	case !closed:
-		return read, "shutting the gate first"
 	}
 	return m.write(kind, now, Promoting), why
 }
@@ -373,12 +340,8 @@ func (m *Machine) write(kind Kind, now Moment, state State) Op {
 // Done takes the answer to op. now is the clock after it came. With an error it
 // is unknown whether op was carried out.
 func (m *Machine) Done(op Op, r Result, err error, now Moment) {
-	m.pending = nil
 	if err != nil {
 		m.quorum = false
-		if op.Kind == Takeover || op.Kind == Claim || op.Kind == Create {
-			m.unsure = now
-		}
 		return
 	}
 	if !m.quorum || m.slept(op.At) {
@@ -456,8 +419,6 @@ func (m *Machine) Swear(owner string, epoch uint64, d time.Duration, now Moment)
 	switch {
 	case m.viewed && r != nil && (r.Owner != owner || r.Epoch != epoch):
 		return fmt.Errorf("the gate is owned by %s since epoch %d", r.Owner, r.Epoch)
-	case m.pending != nil && m.pending.Kind != Read, m.unsure != (Moment{}) && now.Sub(m.unsure) < unsureFor:
-		return fmt.Errorf("this node is becoming the owner")
 	case d > time.Minute:
 		return fmt.Errorf("%s is longer than any promise", d)
 	}

@@ -75,6 +75,7 @@ func (n *Node) serveRemote(ctx context.Context) error {
 	mux.Handle("GET /v1/status", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) }))
 	mux.HandleFunc("POST "+pathMemberLeave, n.memberLeaveHandler)
 	mux.Handle("POST /v1/gate/keep-off", n.peersOnly(n.keepOff))
+	mux.Handle("POST "+pathCheckpoint, n.dataPeersOnly(n.checkpointHandler))
 	return serveHTTP(ctx, tls.NewListener(l, n.certs.ServerConfig(tls.VerifyClientCertIfGiven)), mux, n.opts.Log)
 }
 

@@ -30,23 +30,22 @@ const (
 	pathCheckpoint = "/v1/checkpoint"
 )
 
-// teller hears of the steps of something that is done to the cluster. An
-// [Operation] is one.
-type teller interface {
+// steps hears what is done to the cluster, as it happens. An [Operation] is one.
+type steps interface {
 	Say(format string, args ...any)
 	Leaves(format string, args ...any)
 }
 
-// sayer is a teller for those who only want the steps.
+// sayer is a steps for those who only want the steps.
 type sayer struct {
 	say  func(string, ...any)
 	left string
 }
 
-// Say implements teller.
+// Say implements steps.
 func (s *sayer) Say(format string, args ...any) { s.say(format, args...) }
 
-// Leaves implements teller.
+// Leaves implements steps.
 func (s *sayer) Leaves(format string, args ...any) { s.left = fmt.Sprintf(format, args...) }
 
 // handOver moves PostgreSQL's leadership to the replica called target, or with ""
@@ -298,7 +297,7 @@ type HandOverResult struct {
 // handing is a hand-over on its way.
 type handing struct {
 	n     *Node
-	tell  teller
+	tell  steps
 	r     HandOverResult
 	asked chan error // Patroni's answer
 	async bool
@@ -309,9 +308,9 @@ type handing struct {
 	seen   time.Time
 }
 
-// moveLeadership is handOver for a teller. With follow it waits for the old
+// moveLeadership is handOver for an operation. With follow it waits for the old
 // primary to be back.
-func (n *Node) moveLeadership(ctx context.Context, tell teller, target string, follow bool) (HandOverResult, error) {
+func (n *Node) moveLeadership(ctx context.Context, tell steps, target string, follow bool) (HandOverResult, error) {
 	o, l, err := n.observeHandOver(ctx)
 	if err != nil {
 		return HandOverResult{}, err
@@ -382,7 +381,7 @@ func (h *handing) look(l leadership, to string) (done bool, err error) {
 	switch {
 	case rec.Owner == from && rec.State != gate.Shut && h.shut:
 		h.tell.Leaves("%s is the primary again, and no acknowledged write is lost", from)
-		return false, fmt.Errorf("%s did not take over from %s: pgha logs --node %s patroni says why", to, from, to)
+		return false, fmt.Errorf("%s did not take over from %s: pgha logs patroni on %s says why", to, from, to)
 	case rec.Owner == from && rec.State != gate.Shut:
 		h.seen = time.Now()
 		if h.answer != nil && l.View.ModRevisions[patroni.KeyFailover] == 0 {

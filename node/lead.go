@@ -47,7 +47,7 @@ type duties struct {
 	lastReason string
 	unstarted  map[uint64]time.Time // since when a member has been seen unstarted
 	nextDefrag time.Time
-	tell       teller
+	tell       chronicler
 }
 
 func (d *duties) round(ctx context.Context) error {

@@ -73,7 +73,7 @@ type Node struct {
 	seen peers         // what the other members answered lately
 	runs runs          // operations that this daemon runs
 	news eventLog      // events that are not stored yet
-	told teller        // used by the reconciler alone
+	told chronicler    // used by the reconciler alone
 
 	mu        sync.Mutex
 	waiting   string               // what the start waits for; "" once it is over

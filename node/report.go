@@ -255,7 +255,7 @@ func (n *Node) primary(ctx context.Context, w world, reports map[string]Report) 
 }
 
 func memberStatus(m cluster.Member, v patroni.ClusterView, etcd embedded.Status, leader string, reports map[string]Report) MemberStatus {
-	s := MemberStatus{Name: m.Name, Role: m.Role, Addr: m.Addr, Version: m.Version, Etcd: etcdNone, LagBytes: -1}
+	s := MemberStatus{Name: m.Name, Role: m.Role, Addr: m.Addr, Version: m.Version, Etcd: etcdNone, LagBytes: -1, Maintenance: m.Maintenance}
 	for _, e := range etcd.Members {
 		if e.Name != m.Name && e.PeerURL != m.PeerURL() {
 			continue

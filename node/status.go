@@ -89,6 +89,8 @@ type MemberStatus struct {
 	Version      string    `json:"version,omitempty"`
 	Waiting      string    `json:"waiting,omitempty"`
 	Problems     []string  `json:"problems,omitempty"`
+	// Maintenance is set while the node is in maintenance.
+	Maintenance *cluster.Maintenance `json:"maintenance,omitempty"`
 }
 
 func (m MemberStatus) voter() bool { return m.Etcd == etcdVoter }

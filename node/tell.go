@@ -76,8 +76,8 @@ func roleText(last, p postgres.Probe) string {
 	return "PostgreSQL has ended"
 }
 
-// teller remembers what was told last.
-type teller struct {
+// chronicler remembers what was told last.
+type chronicler struct {
 	pids   map[string]int       // by child: as it was seen last
 	silent map[string]time.Time // by node: since when it has not answered
 	heard  map[string]time.Time // by node: when it answered last
@@ -85,7 +85,7 @@ type teller struct {
 }
 
 // children tells of Patroni and HAProxy that were started again.
-func (t *teller) children(n *Node) {
+func (t *chronicler) children(n *Node) {
 	if t.pids == nil {
 		t.pids = map[string]int{}
 	}
@@ -104,7 +104,7 @@ func (t *teller) children(n *Node) {
 
 // peers notes which members stop and begin to answer, and tells it on the node
 // that leads.
-func (t *teller) peers(n *Node, roster []cluster.Member, leads bool, now time.Time) {
+func (t *chronicler) peers(n *Node, roster []cluster.Member, leads bool, now time.Time) {
 	if t.silent == nil {
 		t.silent, t.heard = map[string]time.Time{}, map[string]time.Time{}
 	}
@@ -134,7 +134,7 @@ func (t *teller) peers(n *Node, roster []cluster.Member, leads bool, now time.Ti
 }
 
 // quorum tells, when it is back, that there was none.
-func (t *teller) quorum(n *Node, st embedded.Status, now time.Time) {
+func (t *chronicler) quorum(n *Node, st embedded.Status, now time.Time) {
 	switch {
 	case !st.HasLeader && t.lostAt.IsZero():
 		t.lostAt = now

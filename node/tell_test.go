@@ -38,7 +38,7 @@ func TestTellPeers(t *testing.T) {
 	n := &Node{log: discardLog(), cfg: Config{Name: "n1"}}
 	n.seen.last = map[string]Report{"n2": {Name: "n2", At: time.Now()}}
 	roster := []cluster.Member{{Name: "n1", State: cluster.StateMember}, {Name: "n2", State: cluster.StateMember}, {Name: "n3", State: cluster.StateJoining}}
-	var tell teller
+	var tell chronicler
 	said := func(want int) {
 		t.Helper()
 		if len(n.news.waiting) != want {

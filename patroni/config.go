@@ -98,6 +98,10 @@ type Config struct {
 	CPUs        int
 	DiskBytes   uint64 // size of the file system of DataDir
 
+	Postgres     map[string]string // the operator's parameters for all nodes
+	NodePostgres map[string]string // the operator's parameters for this node
+	HBA          []string          // the operator's lines of pg_hba.conf; see ParseHBARule
+
 	Tags Tags
 	// PrePromote is a command that must exit 0 before this node is promoted;
 	// none when empty.

@@ -29,6 +29,9 @@ func PGHBA(c Config) []string {
 			fmt.Sprintf("hostssl postgres %s %s cert map=%s", RewindUser, net, certMap))
 	}
 	lines = append(lines, fmt.Sprintf("hostssl all %s,%s all reject", ReplicationUser, RewindUser))
+	// Behind what the product's own roles need, so that they cannot be shadowed,
+	// and before the lines for everyone else.
+	lines = append(lines, c.HBA...)
 	for _, m := range c.Members {
 		lines = append(lines, fmt.Sprintf("hostssl all all %s scram-sha-256", single(m.Addr)))
 	}

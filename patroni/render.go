@@ -108,6 +108,7 @@ func DesiredDynamic(c Config) map[string]any {
 // nodes in removed are taken out; slots of unknown names are the operator's.
 func DynamicPatch(current map[string]any, c Config, removed ...string) map[string]any {
 	patch := diff(current, DesiredDynamic(c))
+	merge(patch, sharedPatch(current, c.Postgres))
 	slots, _ := current["slots"].(map[string]any)
 	for _, name := range removed {
 		slot := SlotName(name)
@@ -144,22 +145,42 @@ func diff(have, want map[string]any) map[string]any {
 	return out
 }
 
+// merge puts what is in from into to, level by level.
+func merge(to, from map[string]any) {
+	for k, v := range from {
+		sub, ok := v.(map[string]any)
+		have, both := to[k].(map[string]any)
+		if ok && both {
+			merge(have, sub)
+			continue
+		}
+		to[k] = v
+	}
+}
+
 // bootstrapDCS is the config key's first value. It is used once.
 func bootstrapDCS(c Config) map[string]any {
 	dcs := DesiredDynamic(c)
 	dcs["maximum_lag_on_failover"] = mib
 	dcs["primary_start_timeout"] = 30
 	dcs["postgresql"].(map[string]any)["parameters"] = c.sharedSizing()
+	// As a patch would be: JSON's own merge, with what was there before.
+	if patch := sharedPatch(dcs, c.Postgres); patch != nil {
+		merge(dcs, patch)
+	}
 	return dcs
 }
 
-// parameters are PostgreSQL's settings of this node. They go before those in
-// the config key, but for the ones in sharedSizing, which Patroni takes from
-// there alone.
-func (c Config) parameters() map[string]any {
+// profileParameters are those of defaultParameters that move with the profile.
+var profileParameters = []string{
+	"wal_sender_timeout", "wal_receiver_timeout", "tcp_keepalives_idle", "tcp_user_timeout",
+}
+
+// defaultParameters are what pgha sets on every node alike.
+func (c Config) defaultParameters() map[string]any {
 	t := c.timers()
 	seconds := func(n int) string { return itoa(n) + "s" }
-	p := map[string]any{
+	return map[string]any{
 		"unix_socket_directories": c.SocketDir,
 		"unix_socket_permissions": "0700",
 
@@ -196,8 +217,6 @@ func (c Config) parameters() map[string]any {
 		"log_checkpoints":          "on",
 		"log_lock_waits":           "on",
 	}
-	maps.Copy(p, c.localSizing())
-	return p
 }
 
 func (t Tags) tree() map[string]any {

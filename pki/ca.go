@@ -127,14 +127,14 @@ func (ca *CA) KeyPEM() ([]byte, error) { return encodeKey(ca.key) }
 // ClusterID returns the UUID of the cluster that the CA signs for.
 func (ca *CA) ClusterID() string { return ca.clusterID }
 
-// PinOf returns the SHA-256 of the subject public key info of the one
-// certificate in certPEM. It stays the same when a CA is renewed with its key.
-func PinOf(certPEM []byte) ([32]byte, error) {
-	cert, err := parseCert(certPEM)
+// PinOf returns the SHA-256 of the subject public key info of the CA that signs,
+// the first in a trust file. It stays the same when a CA is renewed with its key.
+func PinOf(trustPEM []byte) ([32]byte, error) {
+	cas, _, err := parseTrust(trustPEM)
 	if err != nil {
 		return [32]byte{}, fmt.Errorf("pin: %w", err)
 	}
-	return spkiHash(cert), nil
+	return spkiHash(cas[0]), nil
 }
 
 // LeafSpec is what a leaf certificate shall say. The server decides it; the

@@ -77,30 +77,40 @@ func (d Dir) WriteBundle(r Role, b Bundle) error {
 	return fsx.WriteFile(d.BundlePath(r), data, bundleMode, uid, gid)
 }
 
-// CACert returns the CA certificate, PEM. The error satisfies
-// errors.Is(err, fs.ErrNotExist) when there is none; a file that holds no
-// cluster's CA is an error.
-func (d Dir) CACert() ([]byte, error) {
+// Trust returns ca.crt: the certificates of the CAs that are believed, PEM, the
+// one that signs first. The error satisfies errors.Is(err, fs.ErrNotExist) when
+// there is none; a file that holds anything else is an error.
+func (d Dir) Trust() ([]byte, error) {
 	data, err := os.ReadFile(d.CAPath())
 	if err != nil {
 		return nil, fmt.Errorf("read CA certificate: %w", err)
 	}
-	if _, _, err := parseCA(data); err != nil {
+	if _, _, err := parseTrust(data); err != nil {
 		return nil, fmt.Errorf("read %s: %w", d.CAPath(), err)
 	}
 	return data, nil
 }
 
+// CACert returns the certificate of the CA that signs, PEM, with the errors of
+// [Dir.Trust].
+func (d Dir) CACert() ([]byte, error) {
+	trust, err := d.Trust()
+	if err != nil {
+		return nil, err
+	}
+	return Signer(trust)
+}
+
 // WriteCA replaces ca.crt atomically, mode 0644; it makes the directory when it
-// is missing. It refuses what is no cluster's CA certificate.
-func (d Dir) WriteCA(certPEM []byte) error {
-	if _, _, err := parseCA(certPEM); err != nil {
+// is missing. It refuses what is not one cluster's CA certificates.
+func (d Dir) WriteCA(trustPEM []byte) error {
+	if _, _, err := parseTrust(trustPEM); err != nil {
 		return fmt.Errorf("write CA certificate: %w", err)
 	}
 	if err := d.make(); err != nil {
 		return err
 	}
-	return fsx.WriteFile(d.CAPath(), certPEM, caMode, fsx.Keep, fsx.Keep)
+	return fsx.WriteFile(d.CAPath(), trustPEM, caMode, fsx.Keep, fsx.Keep)
 }
 
 // make creates the directory; the chmod undoes a umask and an older mode.
@@ -120,11 +130,11 @@ func (d Dir) make() error {
 // or fs.ErrNotExist when a file is missing. An expired certificate passes:
 // that is for NeedsRenewal to say.
 func (d Dir) Verify(clusterID, node string, r Role) error {
-	caPEM, err := d.CACert()
+	trust, err := d.Trust()
 	if err != nil {
 		return err
 	}
-	ca, caCluster, err := parseCA(caPEM)
+	cas, caCluster, err := parseTrust(trust)
 	if err != nil {
 		return fmt.Errorf("read %s: %w", d.CAPath(), err)
 	}
@@ -150,7 +160,8 @@ func (d Dir) Verify(clusterID, node string, r Role) error {
 	if id != want {
 		return fmt.Errorf("%s: certificate is of %s, want %s", path, id, want)
 	}
-	if err := issuedBy(b.Leaf, ca); err != nil {
+	ca, err := issuedByOne(b.Leaf, cas)
+	if err != nil {
 		return fmt.Errorf("%s does not chain to %s: %w", path, d.CAPath(), err)
 	}
 	if inside, err := parseCert(b.CAPEM); err != nil || !bytes.Equal(inside.Raw, ca.Raw) {

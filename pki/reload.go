@@ -2,12 +2,15 @@ package pki
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"sync"
+	"time"
 )
 
 // suites are the TLS 1.2 suites that an ECDSA certificate can use with forward
@@ -68,22 +71,20 @@ func loadMaterial(d Dir, r Role, old *material) (*material, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", d.BundlePath(r), err)
 	}
-	ca, clusterID, err := parseCA(caRaw)
+	cas, clusterID, err := parseTrust(caRaw)
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", d.CAPath(), err)
 	}
 	// Between the writing of a new CA and of a new bundle the two do not match:
 	// both old ones stay until both new ones are there.
-	if err := issuedBy(b.Leaf, ca); err != nil {
+	if _, err := issuedByOne(b.Leaf, cas); err != nil {
 		return nil, fmt.Errorf("%s does not chain to %s: %w", d.BundlePath(r), d.CAPath(), err)
 	}
 	cert, err := tls.X509KeyPair(append(bytes.Clone(b.CertPEM), b.CAPEM...), b.KeyPEM)
 	if err != nil {
 		return nil, fmt.Errorf("use %s: %w", d.BundlePath(r), err)
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
-	return &material{bundleRaw: bundleRaw, caRaw: caRaw, cert: &cert, pool: pool, clusterID: clusterID}, nil
+	return &material{bundleRaw: bundleRaw, caRaw: caRaw, cert: &cert, pool: poolOf(cas), clusterID: clusterID}, nil
 }
 
 // current returns what to use for a handshake that begins now.
@@ -138,8 +139,8 @@ func (r *Reloader) ServerConfig(clientAuth tls.ClientAuthType) *tls.Config {
 // verified against ca.crt and its names against ServerName, which tls.Dial,
 // net/http and grpc set to the host, name or address, that they dial (without
 // one the handshake fails). Then the server's identity must be of this cluster
-// (ErrOtherCluster), and verify, unless nil, must accept it. The CA is the one
-// on disk when ClientConfig is called.
+// (ErrOtherCluster), and verify, unless nil, must accept it. The CAs are those
+// on disk when ClientConfig is called: see DialTLS for a client that lives on.
 func (r *Reloader) ClientConfig(verify func(Identity) error) *tls.Config {
 	m := r.current()
 	return &tls.Config{
@@ -167,3 +168,18 @@ func (r *Reloader) ClientConfig(verify func(Identity) error) *tls.Config {
 		},
 	}
 }
+
+// DialTLS returns a dialer for [net/http.Transport] that connects with a new
+// ClientConfig each time, so that a client that lives long follows ca.crt too.
+// timeout bounds connection and handshake together.
+func (r *Reloader) DialTLS(timeout time.Duration, verify func(Identity) error) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		d := tls.Dialer{Config: r.ClientConfig(verify)}
+		return d.DialContext(ctx, network, addr)
+	}
+}
+
+// Trust returns the CA certificates that are in use now, as ca.crt holds them.
+func (r *Reloader) Trust() []byte { return bytes.Clone(r.current().caRaw) }

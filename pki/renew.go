@@ -13,16 +13,16 @@ import (
 )
 
 // NeedsRenewal decides whether a role's certificate is to be replaced now, and
-// says why. It is true when there is no certificate, when it does not chain to
-// caPEM, when it says anything else than spec, and when two thirds of its life
+// says why. It is true when there is no certificate, when it was not signed by
+// the first CA in trustPEM, when it says anything else than spec, and when two thirds of its life
 // have passed. That moment comes up to 2% of the life earlier, by an amount
 // that its serial number fixes, so that the certificates of a cluster made in
 // one minute are not all renewed in one minute.
-func NeedsRenewal(b Bundle, spec LeafSpec, caPEM []byte, now time.Time) (bool, string) {
+func NeedsRenewal(b Bundle, spec LeafSpec, trustPEM []byte, now time.Time) (bool, string) {
 	if b.Leaf == nil {
 		return true, "there is no certificate"
 	}
-	if reason := chainDiffers(b, caPEM); reason != "" {
+	if reason := chainDiffers(b, trustPEM); reason != "" {
 		return true, reason
 	}
 	if reason := specDiffers(b.Leaf, spec); reason != "" {
@@ -37,7 +37,9 @@ func NeedsRenewal(b Bundle, spec LeafSpec, caPEM []byte, now time.Time) (bool, s
 	return false, ""
 }
 
-// renewAt returns the moment from which leaf is to be renewed.
+// RenewAt returns the moment from which a certificate is renewed by itself.
+func RenewAt(leaf *x509.Certificate) time.Time { return renewAt(leaf) }
+
 func renewAt(leaf *x509.Certificate) time.Time {
 	life := leaf.NotAfter.Sub(leaf.NotBefore)
 	sum := sha256.Sum256(leaf.SerialNumber.Bytes())
@@ -46,12 +48,16 @@ func renewAt(leaf *x509.Certificate) time.Time {
 	return leaf.NotBefore.Add(life*2/3 - jitter)
 }
 
-func chainDiffers(b Bundle, caPEM []byte) string {
-	ca, _, err := parseCA(caPEM)
+func chainDiffers(b Bundle, trustPEM []byte) string {
+	cas, _, err := parseTrust(trustPEM)
 	if err != nil {
 		return fmt.Sprintf("the CA certificate cannot be used: %v", err)
 	}
+	ca := cas[0]
 	if err := issuedBy(b.Leaf, ca); err != nil {
+		if _, former := issuedByOne(b.Leaf, cas[1:]); len(cas) > 1 && former == nil {
+			return "it was signed by a CA that signs no more"
+		}
 		return fmt.Sprintf("it does not chain to the cluster's CA: %v", err)
 	}
 	// A CA renewed with its old key: the leaf verifies, yet the chain that is
