@@ -59,7 +59,7 @@ type JoinRequest struct {
 // JoinResponse is what a new node needs to start.
 type JoinResponse struct {
 	Identity       `json:"identity"`
-	CAPEM          []byte              `json:"ca"`
+	CAPEM          []byte              `json:"ca"`    // what ca.crt holds: the CA that signs comes first
 	Certs          map[pki.Role][]byte `json:"certs"` // PEM
 	Members        []Member            `json:"members"`
 	InitialCluster map[string]string   `json:"initial_cluster"` // etcd name to peer URL, the new node's included

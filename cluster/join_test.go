@@ -105,6 +105,24 @@ func TestDecideJoin(t *testing.T) {
 			f.members[1].TokenID = "fedcba9876543210"
 		}, joinRefused, ErrNameTaken, "node2"},
 
+		{"in the place of another", func(f *joinFacts, _ *JoinRequest) { f.token.Replaces = "node1" }, joinReplace, nil, ""},
+		{"in the place of its own name and address", func(f *joinFacts, r *JoinRequest) {
+			f.token.Replaces, r.Name, r.Addr = "node1", "node1", addr("10.0.0.1")
+		}, joinReplace, nil, ""},
+		{"in the place of one that is out already", func(f *joinFacts, _ *JoinRequest) { f.token.Replaces = "gone" }, joinNew, nil, ""},
+		{"in the place of its own name, again", func(f *joinFacts, r *JoinRequest) {
+			begun(f, r)
+			f.token.Replaces = "node2"
+		}, joinRepeat, nil, ""},
+		{"in the place of its own name, again with other keys", func(f *joinFacts, r *JoinRequest) {
+			begun(f, r)
+			f.token.Replaces, f.members[1].CSRHash = "node2", "other"
+		}, joinRefused, ErrTokenUsed, "by node2"},
+		{"in the place of another, with a third one's address", func(f *joinFacts, r *JoinRequest) {
+			f.members = append(f.members, Member{Name: "node3", Addr: addr("10.0.0.3")})
+			f.token.Replaces, r.Addr = "node1", addr("10.0.0.3")
+		}, joinRefused, ErrAddressTaken, "node3 has the address"},
+
 		{"revoked", func(f *joinFacts, _ *JoinRequest) { f.token.RevokedAt = &revoked }, joinRefused, ErrTokenRevoked, "pgha token create"},
 		{"locked", func(f *joinFacts, _ *JoinRequest) { f.token.Wrong = maxWrongSecrets }, joinRefused, ErrTokenLocked, "10 wrong secrets"},
 		{"expired", func(f *joinFacts, _ *JoinRequest) { f.token.Expires = now }, joinRefused, ErrTokenExpired, "2030-03-17T17:46:40Z"},

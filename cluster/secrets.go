@@ -26,7 +26,18 @@ const (
 type Secrets struct {
 	PatroniREST string `json:"patroni_rest"` // password of PatroniRESTUser
 	StatsPage   string `json:"stats_page"`   // password of StatsPageUser
+
+	// Former are earlier values of PatroniREST, the newest first, while some node
+	// may not have taken the present one. Patroni accepts one password: callers try
+	// the present one, then these.
+	Former [formerPasswords]string `json:"former,omitzero"`
+	// Generation grows with each rotation.
+	Generation int64 `json:"generation,omitempty"`
 }
+
+// formerPasswords is how many rotations may begin before every node has taken
+// the first of them.
+const formerPasswords = 3
 
 // plainSecrets is Secrets with an ordinary JSON form, for sealing and the wire.
 type plainSecrets Secrets

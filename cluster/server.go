@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,7 @@ type Server struct {
 	Version    string                     // of pgha
 	PGMajor    func() int                 // optional; 0 when not known
 	CA         func() (*pki.CA, error)    // nil on a witness
+	Trust      func() ([]byte, error)     // optional: ca.crt, where it holds more than CA's certificate
 	Key        func() (SealingKey, error) // nil on a witness
 	Membership Membership
 	// Replace takes a member that is gone for good out of the cluster, in favour
@@ -213,7 +215,11 @@ func (s *Server) prepare(ca *pki.CA, key SealingKey, v joinView, self Member, cs
 	if err != nil {
 		return JoinResponse{}, err
 	}
-	resp := JoinResponse{Identity: s.Identity, CAPEM: ca.CertPEM(), Certs: certs, Settings: v.settings}
+	trust, err := s.trust(ca)
+	if err != nil {
+		return JoinResponse{}, err
+	}
+	resp := JoinResponse{Identity: s.Identity, CAPEM: trust, Certs: certs, Settings: v.settings}
 	if self.Role == RoleData {
 		secrets, err := OpenSecrets(key, s.Identity.ID, v.sealedSecrets)
 		if err != nil {
@@ -222,6 +228,21 @@ func (s *Server) prepare(ca *pki.CA, key SealingKey, v joinView, self Member, cs
 		resp.Secrets, resp.SealedCAKey, resp.ClusterKey = &secrets, v.sealedCAKey, key[:]
 	}
 	return resp, nil
+}
+
+// trust returns the CA certificates for a joiner, ca's first.
+func (s *Server) trust(ca *pki.CA) ([]byte, error) {
+	if s.Trust == nil {
+		return ca.CertPEM(), nil
+	}
+	trust, err := s.Trust()
+	if err != nil {
+		return nil, fmt.Errorf("load CA certificates: %w", err)
+	}
+	if first, err := pki.Signer(trust); err != nil || !bytes.Equal(first, ca.CertPEM()) {
+		return nil, refuse(CodeUnavailable, "%s is just changing to another CA: repeat the join", s.Node)
+	}
+	return trust, nil
 }
 
 func sign(ca *pki.CA, specs map[pki.Role]pki.LeafSpec, csrs map[pki.Role][]byte, now time.Time) (map[pki.Role][]byte, error) {

@@ -136,6 +136,8 @@ type Maintenance struct {
 	Since  time.Time `json:"since"`
 	By     string    `json:"by"` // as root@n1
 	Reason string    `json:"reason,omitempty"`
+	// Primary says that it stays the primary, for want of a successor.
+	Primary bool `json:"primary,omitempty"`
 }
 
 // PeerURL is the address at which other etcd members reach this one.

@@ -3,7 +3,10 @@ package embedded
 import (
 	"context"
 	"log/slog"
+	"slices"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -14,10 +17,49 @@ import (
 type zapCore struct {
 	h        slog.Handler
 	stopping *atomic.Bool
+	told     *told
 }
 
 func newZap(h slog.Handler, stopping *atomic.Bool, hook zapcore.CheckWriteHook) *zap.Logger {
-	return zap.New(&zapCore{h: h, stopping: stopping}, zap.WithFatalHook(hook), zap.WithPanicHook(hook))
+	return zap.New(&zapCore{h: h, stopping: stopping, told: &told{by: map[string]*repeats{}}}, zap.WithFatalHook(hook), zap.WithPanicHook(hook))
+}
+
+// tellEvery is how often a message about a peer is told that comes again and
+// again: while a member is away there are some every second.
+const tellEvery = time.Minute
+
+// told is what was told, by message and peer.
+type told struct {
+	mu sync.Mutex
+	by map[string]*repeats
+}
+
+type repeats struct {
+	at   time.Time // when it was told last
+	kept int       // how many have been kept back since
+}
+
+// toldMost bounds the memory for messages that are each another.
+const toldMost = 1000
+
+// again says whether a message is to be kept back, and otherwise how many were.
+func (t *told) again(message, peer string, at time.Time) (keep bool, kept int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	key := message + "\n" + peer
+	r := t.by[key]
+	if r != nil && at.Sub(r.at) < tellEvery {
+		r.kept++
+		return true, 0
+	}
+	if r == nil && len(t.by) == toldMost {
+		clear(t.by)
+	}
+	if r != nil {
+		kept = r.kept
+	}
+	t.by[key] = &repeats{at: at}
+	return false, kept
 }
 
 func slogLevel(l zapcore.Level) slog.Level {
@@ -68,7 +110,7 @@ func (c *zapCore) Enabled(l zapcore.Level) bool {
 
 // With implements zapcore.Core.
 func (c *zapCore) With(fields []zapcore.Field) zapcore.Core {
-	return &zapCore{h: c.h.WithAttrs(attrs(fields)), stopping: c.stopping}
+	return &zapCore{h: c.h.WithAttrs(attrs(fields)), stopping: c.stopping, told: c.told}
 }
 
 // Check implements zapcore.Core.
@@ -81,12 +123,36 @@ func (c *zapCore) Check(ent zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Ch
 
 // Write implements zapcore.Core.
 func (c *zapCore) Write(ent zapcore.Entry, fields []zapcore.Field) error {
-	rec := slog.NewRecord(ent.Time, c.level(ent), ent.Message, 0)
+	level, all := c.level(ent), attrs(fields)
+	kept := 0
+	if ent.Level < zapcore.DPanicLevel && level > slog.LevelDebug {
+		var keep bool
+		if keep, kept = c.told.again(ent.Message, peerOf(all), ent.Time); keep {
+			level = slog.LevelDebug
+		}
+	}
+	if !c.h.Enabled(context.Background(), level) {
+		return nil
+	}
+	rec := slog.NewRecord(ent.Time, level, ent.Message, 0)
 	if ent.LoggerName != "" {
 		rec.AddAttrs(slog.String("logger", ent.LoggerName))
 	}
-	rec.AddAttrs(attrs(fields)...)
+	rec.AddAttrs(all...)
+	if kept > 0 {
+		rec.AddAttrs(slog.Int("repeated", kept))
+	}
 	return c.h.Handle(context.Background(), rec)
+}
+
+// peerOf returns the member that a message is about, "" for none.
+func peerOf(attrs []slog.Attr) string {
+	for _, a := range attrs {
+		if slices.Contains([]string{"remote-peer-id", "peer-id", "address"}, a.Key) {
+			return a.Value.String()
+		}
+	}
+	return ""
 }
 
 // Sync implements zapcore.Core.

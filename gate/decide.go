@@ -234,7 +234,8 @@ func decideHelp(o observation, helped int, foreign time.Duration) (help, string)
 		return helpGiveUp, fmt.Sprintf("PostgreSQL has not been promoted within %s", o.stalled.Round(time.Second))
 	case owner && v.Leader == o.self && o.local.Process == Recovery && o.stalled >= o.t.Help && helped == 0:
 		return helpRestartPatroni, fmt.Sprintf("PostgreSQL has not been promoted within %s", o.stalled.Round(time.Millisecond))
-	case v.Record != nil && !owner && !v.Paused && o.local.Process == Primary && foreign >= o.t.Help && helped == 0:
+	case v.Record != nil && !owner && !v.Paused && o.local.writable() && foreign >= o.t.Help && helped == 0:
+		// One that hangs hears neither its Patroni nor a signal to stop.
 		return helpStopPostgres, fmt.Sprintf("%s is the owner and PostgreSQL here has not been demoted within %s", v.Record.Owner, foreign.Round(time.Millisecond))
 	case v.Record != nil && !owner && o.admitted && foreign >= o.t.Help && helped == 0:
 		// A promotion that has begun does not end with Patroni.

@@ -37,7 +37,8 @@ type Peers interface {
 type Actor interface {
 	// RestartPatroni kills Patroni and starts it again; PostgreSQL goes on.
 	RestartPatroni(why string)
-	// StopPostgres ends a PostgreSQL that should long have been demoted.
+	// StopPostgres ends a PostgreSQL that should long have been demoted, be it that
+	// it hangs.
 	StopPostgres(why string)
 }
 
@@ -358,7 +359,7 @@ func (g *Gate) Local(l Local) {
 	g.mu.Lock()
 	before := g.m.local
 	g.m.Local(l)
-	if before.Process == Primary && l.Process != Primary { // help has come; the next trouble is another
+	if before.writable() && !l.writable() { // help has come; the next trouble is another
 		g.helped, g.foreign = 0, l.At
 	}
 	g.trace.local(l, g.m)
@@ -381,6 +382,14 @@ func (g *Gate) Kick() {
 	case g.kick <- struct{}{}:
 	default:
 	}
+}
+
+// Ban shuts the gate for as long as this daemon lives, because of why.
+func (g *Gate) Ban(why string) {
+	g.mu.Lock()
+	g.m.Ban(why)
+	g.mu.Unlock()
+	g.Kick()
 }
 
 // Doubt says that somebody else has changed the kernel's rules: what was

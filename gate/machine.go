@@ -68,7 +68,10 @@ type Machine struct {
 	kernelShut  bool   // the kernel is known to be shut
 	admitted    Moment // when a promotion was allowed that may still be to come
 
-	oath Moment // until when this node has promised to keep off
+	oath  Moment // until when this node has promised to keep off
+	sworn Moment // until when all others have promised this owner to
+
+	banned string // why this node may not serve anybody; see Ban
 }
 
 // NewMachine returns the gate of the node self. kernel is until when the kernel
@@ -146,6 +149,9 @@ func (m *Machine) Want(now Moment) Want {
 }
 
 func (m *Machine) want(now Moment) Want {
+	if m.banned != "" {
+		return Want{Pass: Nobody, Reset: true, Why: m.banned}
+	}
 	if !m.viewed {
 		return Want{Pass: Keep, Why: "etcd has not been read yet"}
 	}
@@ -208,6 +214,8 @@ func (m *Machine) Applying(w Want) {
 // each promotion, whoever decided on it.
 func (m *Machine) Admit(now Moment) (bool, string) {
 	switch {
+	case m.banned != "":
+		return false, m.banned
 	case !m.viewed:
 		return false, "etcd has not been read yet"
 	case !m.owner():
@@ -248,6 +256,9 @@ func (m *Machine) Next(now Moment) (Op, string) {
 
 func (m *Machine) next(now Moment) (Op, string) {
 	read := Op{Kind: Read}
+	if m.banned != "" {
+		return read, m.banned
+	}
 	if !m.viewed || (!m.quorum && !m.owner()) {
 		return read, "etcd does not answer"
 	}
@@ -403,7 +414,7 @@ func (m *Machine) Extending() bool { return m.extend > 0 }
 // its beats fail while its gate is still open, and for how long.
 func (m *Machine) Asking(now Moment) (time.Duration, bool) {
 	// The gate of an owner that knows it has lost is never held open.
-	ok := m.owner() && !m.quorum && m.wasPrimary && m.lease.Mono > now.Mono && m.view.Record.State == Open
+	ok := m.banned == "" && m.owner() && !m.quorum && m.wasPrimary && m.lease.Mono > now.Mono && m.view.Record.State == Open
 	if !ok {
 		return 0, false
 	}
@@ -412,13 +423,25 @@ func (m *Machine) Asking(now Moment) (time.Duration, bool) {
 	return min(m.timers.Promise, m.view.Record.Promise()), true
 }
 
+// agreeFor is for how long a member that has a quorum itself agrees to an owner
+// that has none: its own etcd is stuck, and will not come back by waiting.
+const agreeFor = 30 * time.Second
+
 // Swear is the other side: owner asks this node not to become owner for d. An
 // error says that it will not promise.
+//
+// It makes no difference that a transaction of this node's own may be under way,
+// or may have been lost on the way back. It was sent when the gate that it
+// replaces was surely shut. Such a gate opens again with a commit alone, of a
+// newer record, and then that transaction fails; until then an agreement holds
+// nothing open, see Sworn.
 func (m *Machine) Swear(owner string, epoch uint64, d time.Duration, now Moment) error {
 	r := m.view.Record
 	switch {
 	case m.viewed && r != nil && (r.Owner != owner || r.Epoch != epoch):
 		return fmt.Errorf("the gate is owned by %s since epoch %d", r.Owner, r.Epoch)
+	case m.quorum && !m.slept(now) && min(now.Sub(m.quorumSince), now.Sub(m.seenAt)) >= agreeFor:
+		return fmt.Errorf("this node has a quorum, and %s has not committed for %s", owner, now.Sub(m.seenAt).Round(time.Second))
 	case d > time.Minute:
 		return fmt.Errorf("%s is longer than any promise", d)
 	}
@@ -430,9 +453,20 @@ func (m *Machine) Swear(owner string, epoch uint64, d time.Duration, now Moment)
 func (m *Machine) Sworn(at Moment, d time.Duration, now Moment) {
 	// It holds an open gate open; it never opens one that has shut.
 	if m.owner() && m.lease.Mono > now.Mono {
-		m.lease = later(m.lease, at.Add(d))
+		m.sworn = at.Add(d)
+		m.lease = later(m.lease, m.sworn)
 	}
 }
+
+// Agreed says whether the gate is held open by the agreement of all others.
+func (m *Machine) Agreed(now Moment) bool {
+	return m.owner() && !m.quorum && min(m.sworn.Mono, m.lease.Mono) > now.Mono
+}
+
+// Ban shuts the gate for as long as this daemon lives: this node must not serve
+// anybody, whatever etcd says. The kernel shuts at the next Want, and nothing is
+// written to etcd any more.
+func (m *Machine) Ban(why string) { m.banned = why }
 
 // GiveUp makes this node leave promotions to others for a while.
 func (m *Machine) GiveUp(now Moment) {

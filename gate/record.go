@@ -165,10 +165,18 @@ type Local struct {
 	Received   uint64
 	Replayed   uint64
 	StreamedAt time.Duration
+	// WasPrimary says of a server that hangs that its last answer was that it takes
+	// writes.
+	WasPrimary bool
 	// Restarting says that Patroni is restarting PostgreSQL on purpose.
 	Restarting bool
 	// PatroniUp says that Patroni answers and can act.
 	PatroniUp bool
 	// Stopping says that this node is being stopped or leaves the cluster.
 	Stopping bool
+}
+
+// writable says whether PostgreSQL takes writes, or would if it went on.
+func (l Local) writable() bool {
+	return l.Process == Primary || (l.Process == Hung && l.WasPrimary)
 }

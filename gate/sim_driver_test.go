@@ -74,7 +74,7 @@ func (d *driver) probe(once bool) {
 	l := Local{At: h.clock(), Process: pg.state, PatroniUp: h.pat.running(), Restarting: pg.restarts}
 	if pg.alive && !pg.running() {
 		if l.Process = Unknown; h.clock().Mono-pg.hungAt > 3*time.Second {
-			l.Process = Hung
+			l.Process, l.WasPrimary = Hung, pg.state == Primary
 		}
 	} else {
 		l.Timeline, l.Received, l.StreamedAt = pg.on.timeline, pg.lsn, pg.streamed
@@ -82,6 +82,9 @@ func (d *driver) probe(once bool) {
 	d.step(atProbe, func() {
 		before := d.m.local
 		d.m.Local(l)
+		if before.writable() && !l.writable() {
+			d.helped, d.foreign = 0, l.At
+		}
 		if before.Process != l.Process || before.Timeline != l.Timeline || before.PatroniUp != l.PatroniUp {
 			d.kick()
 		}

@@ -23,8 +23,14 @@ type Status struct {
 	Beat time.Duration `json:"beat,omitempty"`
 	// Silent is for how long the record has not changed, as this node sees it.
 	Silent time.Duration `json:"silent"`
-	// Quorum says whether the last transaction went through.
-	Quorum bool `json:"quorum"`
+	// Quorum says whether the last transaction went through, and Lost for how long
+	// none has.
+	Quorum bool          `json:"quorum"`
+	Lost   time.Duration `json:"lost,omitempty"`
+	// Agreed says, on an owner without a quorum, that all other members keep off,
+	// and KeptOff, on another node, that it has promised to.
+	Agreed  bool `json:"agreed,omitempty"`
+	KeptOff bool `json:"kept_off,omitempty"`
 	// Waits says why this node does not take over, or what it waits for.
 	Waits string `json:"waits,omitempty"`
 	// Error is the kernel's, if it could not be told.
@@ -43,6 +49,10 @@ func (g *Gate) status(now Moment) Status {
 	s := Status{
 		Owner: ownerOf(v), State: stateOf(v), Leader: v.Leader, Self: g.m.owner(), Passes: g.applied.Pass, Why: g.m.Want(now).Why,
 		Silent: max(now.Sub(g.m.seenAt), 0), Quorum: g.m.quorum, Waits: g.why,
+	}
+	s.Agreed, s.KeptOff = g.m.Agreed(now), g.m.oath.Mono > now.Mono
+	if !s.Quorum {
+		s.Lost = max(now.Sub(g.m.lastDone), 0)
 	}
 	if v.Record != nil {
 		s.Epoch, s.Promise = v.Record.Epoch, v.Record.Promise()

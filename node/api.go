@@ -45,15 +45,23 @@ func (n *Node) serveLocal(ctx context.Context) error {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) })
 	mux.HandleFunc("GET /v1/node", func(w http.ResponseWriter, r *http.Request) { reply(w, n.report(r.Context()), nil) })
 	mux.HandleFunc("GET /v1/config", n.configHandler)
-	mux.HandleFunc("POST /v1/config", n.setConfigHandler)
+	mux.HandleFunc("GET /v1/config/history", n.configHistoryHandler)
+	mux.HandleFunc("GET /v1/config/document", n.configDocumentHandler)
+	mux.HandleFunc("POST /v1/config/plan", n.configPlanHandler)
+	mux.HandleFunc("POST /v1/recovery", n.planHandler)
+	mux.HandleFunc("POST /v1/snapshots", n.snapshotHandler)
 	mux.HandleFunc("GET /v1/tokens", n.listTokens)
 	mux.HandleFunc("POST /v1/tokens", n.createToken)
 	mux.HandleFunc("DELETE /v1/tokens/{id}", n.revokeToken)
-	mux.HandleFunc("POST /v1/leave", n.leaveHandler)
+	mux.HandleFunc("GET /v1/members", n.memberListHandler)
 	mux.HandleFunc("POST /v1/certificates", n.renewHandler)
+	mux.HandleFunc("GET /v1/certificates", n.certsHandler)
 	mux.HandleFunc("POST /v1/operations/{kind}", n.operationHandler)
 	mux.HandleFunc("DELETE /v1/operations/{id}", n.interruptHandler)
 	mux.HandleFunc("GET /v1/events", n.eventsHandler)
+	mux.HandleFunc("GET /v1/packages", n.packagesHandler)
+	mux.HandleFunc("GET /v1/databases", n.databasesHandler)
+	mux.HandleFunc("GET /v1/users", n.usersHandler)
 	return serveHTTP(ctx, l, mux, n.opts.Log)
 }
 
@@ -74,8 +82,19 @@ func (n *Node) serveRemote(ctx context.Context) error {
 	mux.Handle("GET "+pathAlive, n.peersOnly(func(w http.ResponseWriter, _ *http.Request) { reply(w, struct{}{}, nil) }))
 	mux.Handle("GET /v1/status", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) }))
 	mux.HandleFunc("POST "+pathMemberLeave, n.memberLeaveHandler)
+	mux.HandleFunc("POST "+pathStanding, n.standingHandler)
+	mux.Handle("POST "+pathRetire, n.dataPeersOnly(n.retireHandler))
+	mux.Handle("GET "+pathTraces, n.peersOnly(n.tracesHandler))
+	mux.HandleFunc("POST "+pathMeet, n.meetHandler)
 	mux.Handle("POST /v1/gate/keep-off", n.peersOnly(n.keepOff))
+	mux.Handle("POST "+pathRenewNow, n.dataPeersOnly(n.renewHandler))
+	mux.Handle("PUT "+pathProgram, n.dataPeersOnly(n.programHandler))
+	mux.Handle("POST "+pathProgramCheck, n.dataPeersOnly(n.programCheckHandler))
+	mux.Handle("POST "+pathProgramTrial, n.dataPeersOnly(n.programTrialHandler))
+	mux.Handle("GET "+pathSettingsState, n.dataPeersOnly(n.settingsStateHandler))
+	mux.Handle("POST "+pathSettingsTry, n.dataPeersOnly(n.settingsTryHandler))
 	mux.Handle("POST "+pathCheckpoint, n.dataPeersOnly(n.checkpointHandler))
+	mux.Handle("POST "+pathTask+"{task}", n.dataPeersOnly(n.taskHandler))
 	return serveHTTP(ctx, tls.NewListener(l, n.certs.ServerConfig(tls.VerifyClientCertIfGiven)), mux, n.opts.Log)
 }
 
@@ -94,10 +113,10 @@ func (n *Node) joinHandler() http.Handler {
 		if server == nil || server.Store != store {
 			server = &cluster.Server{
 				Store: store, Identity: n.identity(), Node: n.cfg.Name, Version: Version, PGMajor: n.pgMajor,
-				Membership: n, OnMember: n.admit, Log: n.opts.Log.With("component", "join"),
+				Membership: n, Replace: n.replace, OnMember: n.admit, Log: n.opts.Log.With("component", "join"),
 			}
 			if n.sealing != nil {
-				server.CA = n.ca
+				server.CA, server.Trust = n.ca, n.pki.Trust
 				server.Key = func() (cluster.SealingKey, error) { return *n.sealing, nil }
 			}
 		}
@@ -185,10 +204,14 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler, log *slog.Lo
 	return nil
 }
 
-// decode reads a JSON request strictly.
+// decode reads a JSON request: of the command line strictly, so that no wish is
+// ignored, of a peer without that, for a newer one may have more to say. What a
+// peer must not ignore needs a path of its own.
 func decode(w http.ResponseWriter, r *http.Request, v any) error {
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, apiBody))
-	d.DisallowUnknownFields()
+	if r.TLS == nil {
+		d.DisallowUnknownFields()
+	}
 	if err := d.Decode(v); err != nil {
 		return &cluster.Error{Code: cluster.CodeBadRequest, Message: "the request cannot be read: " + err.Error()}
 	}

@@ -92,10 +92,10 @@ func TestLocalAPI(t *testing.T) {
 				_, err := local.CreateToken(t.Context(), TokenRequest{Role: cluster.RoleData})
 				return err
 			},
-			"tokens": func() error { _, err := local.Tokens(t.Context()); return err },
-			"revoke": func() error { return local.RevokeToken(t.Context(), "a/b") },
-			"leave":  func() error { return local.Leave(t.Context()) },
-			"renew":  func() error { return local.RenewCertificates(t.Context()) },
+			"tokens":  func() error { _, err := local.Tokens(t.Context()); return err },
+			"revoke":  func() error { return local.RevokeToken(t.Context(), "a/b") },
+			"members": func() error { _, err := local.MemberList(t.Context()); return err },
+			"renew":   func() error { return local.RenewCertificates(t.Context()) },
 		} {
 			if err := f(); !errors.Is(err, cluster.ErrUnavailable) || !strings.Contains(err.Error(), "not ready: starting") {
 				t.Errorf("%s: %v", what, err)

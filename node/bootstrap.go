@@ -53,9 +53,7 @@ func (n *Node) markFounded() error {
 	if n.founded.Load() {
 		return nil
 	}
-	s := n.state
-	s.Founded = true
-	if err := s.Save(n.paths); err != nil {
+	if err := n.changeState(func(s *State) { s.Founded = true }); err != nil {
 		return fmt.Errorf("note that the cluster is founded: %w", err)
 	}
 	n.founded.Store(true)

@@ -29,7 +29,7 @@ func (n *Node) renewCertificates(ctx context.Context, w world) error {
 // dueCertificates returns the roles to renew, each with its reason.
 func (n *Node) dueCertificates(w world, now time.Time) (map[pki.Role]string, error) {
 	specs := n.leafSpecs(w)
-	ca, err := n.pki.CACert()
+	trust, err := n.pki.Trust()
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +39,7 @@ func (n *Node) dueCertificates(w world, now time.Time) (map[pki.Role]string, err
 		if err != nil {
 			return nil, fmt.Errorf("read certificate %s: %w", role, err)
 		}
-		if ok, why := pki.NeedsRenewal(b, spec, ca, now); ok {
+		if ok, why := pki.NeedsRenewal(b, spec, trust, now); ok {
 			due[role] = why
 		}
 	}
@@ -72,11 +72,7 @@ func (n *Node) reissue(ctx context.Context, w world, due map[pki.Role]string) er
 		}
 		keys[role], csrs[role] = key, csr
 	}
-	signed, err := n.sign(ctx, w, csrs)
-	if err != nil {
-		return err
-	}
-	ca, err := n.pki.CACert()
+	signed, ca, err := n.sign(ctx, w, csrs)
 	if err != nil {
 		return err
 	}
@@ -88,7 +84,7 @@ func (n *Node) reissue(ctx context.Context, w world, due map[pki.Role]string) er
 			continue
 		}
 		n.log.Info("certificate renewed", "role", role, "why", due[role])
-		if err := n.reload(ctx, role); err != nil {
+		if err := n.loadCert(ctx, role); err != nil {
 			errs = append(errs, fmt.Errorf("load new certificate %s: %w", role, err))
 		}
 	}
@@ -96,23 +92,23 @@ func (n *Node) reissue(ctx context.Context, w world, due map[pki.Role]string) er
 }
 
 // sign has requests signed: by this node where it holds the CA's key, and by
-// a data node otherwise.
-func (n *Node) sign(ctx context.Context, w world, csrs map[pki.Role][]byte) (map[pki.Role][]byte, error) {
+// a data node otherwise. It returns the certificates and that of the CA.
+func (n *Node) sign(ctx context.Context, w world, csrs map[pki.Role][]byte) (certs map[pki.Role][]byte, caPEM []byte, err error) {
 	if n.sealing == nil {
 		return n.renewRemotely(ctx, w, csrs)
 	}
 	ca, err := n.ca()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	specs := n.leafSpecs(w)
 	out := map[pki.Role][]byte{}
 	for role, csr := range csrs {
 		if out[role], err = ca.Sign(csr, specs[role], time.Now()); err != nil {
-			return nil, fmt.Errorf("sign certificate %s: %w", role, err)
+			return nil, nil, fmt.Errorf("sign certificate %s: %w", role, err)
 		}
 	}
-	return out, nil
+	return out, ca.CertPEM(), nil
 }
 
 // ca opens the CA's key, which stands sealed on data nodes.
@@ -135,9 +131,9 @@ func (n *Node) ca() (*pki.CA, error) {
 	return pki.LoadCA(cert, key)
 }
 
-// reload has the part that uses a role's certificate read it again. etcd and
+// loadCert has the part that uses a role's certificate read it again. etcd and
 // the API read theirs at each handshake.
-func (n *Node) reload(ctx context.Context, role pki.Role) error {
+func (n *Node) loadCert(ctx context.Context, role pki.Role) error {
 	switch role {
 	case pki.RolePostgres:
 		return n.reloadPostgres(ctx)

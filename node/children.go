@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -116,7 +117,7 @@ func (n *Node) patroniSpec(path string, args []string) supervisor.Spec {
 		OOMScoreAdj: oomScore(patroniOOM),
 		User:        n.owners.postgres, Marker: n.state.ClusterID + "/patroni",
 		RunDir: n.paths.Run, LogFile: filepath.Join(n.paths.Log, "patroni.log"), LogMax: logMax, LogKeep: logKeep,
-		ParseLine:  patroni.ParseLogLine,
+		ParseLine: patroni.ParseLogLine, Continues: patroni.ContinuesLog,
 		StopSignal: syscall.SIGTERM, Grace: 90 * time.Second,
 		// SIGTERM would stop PostgreSQL; a Patroni of other settings takes over
 		// the one that runs.
@@ -249,8 +250,8 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		return err
 	}
 	if changed {
-		if err := signalRunning(n.patroni, syscall.SIGHUP); err != nil {
-			return fmt.Errorf("reload Patroni: %w", err)
+		if err := n.reloadPatroni(ctx, w); err != nil {
+			return err
 		}
 	}
 	switch n.patroni.Status().State {
@@ -271,6 +272,20 @@ func (n *Node) reconcilePatroni(ctx context.Context, w world) error {
 		return err
 	}
 	return n.patroni.Start(ctx)
+}
+
+// reloadPatroni has a running Patroni read its configuration now, and not when its
+// loop turns by itself.
+func (n *Node) reloadPatroni(ctx context.Context, w world) error {
+	if err := signalRunning(n.patroni, syscall.SIGHUP); err != nil {
+		return fmt.Errorf("reload Patroni: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if err := n.restClient(w, n.cfg.Address, n.cfg.Ports.Patroni).Wake(ctx); err != nil {
+		n.log.Debug("cannot wake Patroni; it reads its configuration a little later", "err", err)
+	}
+	return nil
 }
 
 // validatePatroni has Patroni check its configuration. It would connect to
@@ -297,6 +312,9 @@ func (n *Node) mustWait(w world) (bool, string) {
 	case !w.View.Initialized && !n.state.Founder:
 		return true, "waiting for the first node to initialise PostgreSQL"
 	}
+	if n.settingAside.Load() {
+		return true, "waiting for the old data to be moved aside"
+	}
 	if n.keeper != nil {
 		why := n.keeper.reactor.held()
 		return why != "", why
@@ -305,10 +323,11 @@ func (n *Node) mustWait(w world) (bool, string) {
 }
 
 func (n *Node) patroniConfig(w world) patroni.Config {
+	own := w.Settings.Nodes[n.cfg.Name]
 	memory := host.Memory()
-	if n.cfg.Postgres.Memory != "" {
-		// Checked when the configuration was loaded.
-		memory, _ = ParseBytes(n.cfg.Postgres.Memory)
+	if size := cmp.Or(own.Memory, n.cfg.Postgres.Memory); size != "" {
+		// Checked when it was set.
+		memory, _ = ParseBytes(size)
 	}
 	_, disk, _ := host.DiskFree(filepath.Dir(n.cfg.Postgres.DataDir)) // 0 leaves the limit at its floor
 	c := patroni.Config{
@@ -320,8 +339,12 @@ func (n *Node) patroniConfig(w world) patroni.Config {
 		EtcdAddr: n.etcdAddr(), RESTUser: cluster.PatroniRESTUser, RESTPassword: w.Secrets.PatroniREST,
 		ClientNets: w.Settings.ClientNets, Async: w.Settings.Async, Profile: w.Settings.Profile,
 		MemoryBytes: memory, CPUs: host.CPUs(), DiskBytes: disk, PrePromote: n.hook,
+		Postgres: w.Settings.Postgres, NodePostgres: own.Postgres, HBA: w.Settings.HBA,
 	}
 	for _, m := range w.Members {
+		if m.Name == n.cfg.Name {
+			c.Tags = maintenanceTags(m)
+		}
 		if m.Role == cluster.RoleData {
 			c.Members = append(c.Members, patroni.Member{Name: m.Name, Addr: m.Addr, Postgres: m.Ports.Postgres, Patroni: m.Ports.Patroni})
 		}
@@ -364,14 +387,7 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 	case st == supervisor.Stopped:
 		return n.haproxy.Start(ctx)
 	case changed && st == supervisor.Running:
-		// Sessions stay with the old worker; the new one takes the listeners over
-		// and knows which servers were up.
-		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		defer cancel()
-		if err := n.runtime.SaveState(ctx, n.haproxySocket()+".state"); err != nil {
-			return err
-		}
-		return haproxy.Master{Socket: n.haproxyMaster()}.Reload(ctx)
+		return n.reloadHAProxy(ctx)
 	}
 	return nil
 }

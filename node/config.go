@@ -57,6 +57,7 @@ func (p Paths) etcd() string        { return filepath.Join(p.Lib, "etcd") }
 func (p Paths) etcdFatal() string   { return filepath.Join(p.Lib, "etcd-fatal.json") }
 func (p Paths) roster() string      { return filepath.Join(p.Lib, "roster.json") }
 func (p Paths) events() string      { return filepath.Join(p.Lib, "events.json") }
+func (p Paths) trial() string       { return filepath.Join(p.Lib, "trial.json") }
 func (p Paths) sealingKey() string  { return filepath.Join(p.PKI(), "sealing.key") }
 func (p Paths) sealedCAKey() string { return filepath.Join(p.PKI(), "ca.key.sealed") }
 func (p Paths) secrets() string     { return filepath.Join(p.Lib, "secrets.sealed") }
@@ -222,12 +223,8 @@ func (c Config) check() *configError {
 		return wrong("log.level", err)
 	}
 	if c.Postgres.Memory != "" {
-		n, err := ParseBytes(c.Postgres.Memory)
-		if err != nil {
+		if err := checkMemory(c.Postgres.Memory); err != nil {
 			return wrong("postgres.memory", err)
-		}
-		if n < 128<<20 {
-			return wrong("postgres.memory", fmt.Errorf("%s is out of range: PostgreSQL needs at least 128MB", c.Postgres.Memory))
 		}
 	}
 	if dir := c.Postgres.DataDir; dir != "" && !filepath.IsAbs(dir) {
@@ -309,6 +306,15 @@ func ParseBytes(s string) (uint64, error) {
 		return 0, fmt.Errorf("%q is not a size: write it as 512MB or 4GB", s)
 	}
 	return n, nil
+}
+
+// checkMemory checks what PostgreSQL is to be sized to.
+func checkMemory(s string) error {
+	n, err := ParseBytes(s)
+	if err == nil && n < 128<<20 {
+		err = fmt.Errorf("%s is out of range: PostgreSQL needs at least 128MB", s)
+	}
+	return err
 }
 
 // lineOf finds the line of a dotted key, or 0 where it is not written.

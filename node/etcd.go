@@ -25,7 +25,24 @@ const retryEtcd = 5 * time.Second
 // the daemon, because etcd's own state is then undefined.
 func (n *Node) runEtcd(ctx context.Context) error {
 	fatal := make(chan error, 1)
+	if !n.mayStartEtcd(ctx) {
+		<-ctx.Done()
+		return nil
+	}
 	for ctx.Err() == nil {
+		if n.isBarred() != nil {
+			<-ctx.Done()
+			return nil
+		}
+		if n.removal.Load() != nil {
+			<-ctx.Done()
+			return nil
+		}
+		trust, err := n.pki.Trust()
+		if err != nil {
+			return err
+		}
+		n.etcdTrust.Store(&trust) // read before etcd does: in doubt it is started once too often
 		srv, err := embedded.Start(ctx, n.etcdConfig(fatal))
 		if err != nil {
 			if ctx.Err() != nil {
@@ -33,7 +50,10 @@ func (n *Node) runEtcd(ctx context.Context) error {
 			}
 			n.setEtcdState(err.Error())
 			n.problem("etcd", err)
-			if !sleep(ctx, retryEtcd) {
+			if errors.Is(err, embedded.ErrRemoved) {
+				n.etcdRemoved(ctx)
+			}
+			if !n.etcdPause(ctx, retryEtcd) {
 				return nil
 			}
 			continue
@@ -50,14 +70,29 @@ func (n *Node) runEtcd(ctx context.Context) error {
 			return err
 		}
 		srv.Stop()
+		if job := (errEtcdJob{}); errors.As(err, &job) {
+			job.done <- job.run(ctx)
+			continue
+		}
+		if n.isBarred() != nil {
+			continue // it was stopped for that
+		}
+		if errors.Is(err, errEtcdRestart) {
+			n.log.Info("etcd starts again", "why", "to load the CA certificates")
+			continue
+		}
+		if n.removal.Load() != nil {
+			continue // it was stopped for that
+		}
 		n.setEtcdState(err.Error())
 		n.problem("etcd", err)
 		if errors.Is(err, embedded.ErrRemoved) {
 			// Nothing that waiting could mend: stay up, say so, serve status.
+			n.etcdRemoved(ctx)
 			<-ctx.Done()
 			return nil
 		}
-		if !sleep(ctx, retryEtcd) {
+		if !n.etcdPause(ctx, retryEtcd) {
 			return nil
 		}
 	}
@@ -79,6 +114,14 @@ func (n *Node) superviseEtcd(ctx context.Context, srv *embedded.Server, fatal <-
 			return nil
 		case err := <-fatal:
 			return fmt.Errorf("%w: %w", errEtcdFatal, err)
+		case asked := <-n.etcdAgain:
+			if asked == srv {
+				return errEtcdRestart
+			}
+		case job := <-n.lineage.jobs:
+			return errEtcdJob{job}
+		case <-n.lineage.bar:
+			return errors.New("this node is out of service")
 		case <-srv.Done():
 			if err := srv.Err(); err != nil {
 				return err
@@ -109,7 +152,9 @@ func (n *Node) etcdReady(ctx context.Context, srv *embedded.Server) error {
 			return nil
 		}
 		n.problem("etcd", err)
+		n.tellWaiting()
 	}
+	n.problem("quorum", nil)
 	for n.state.Founder {
 		err := n.found(ctx)
 		if ctx.Err() != nil {

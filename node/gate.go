@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -39,6 +40,7 @@ type gatekeeper struct {
 	kernel  *kernel.Kernel
 	watcher *postgres.Watcher
 	reactor *reactor
+	pass    *gateKernel
 
 	mu   sync.Mutex
 	kept []gate.Failover // to this node, not yet stored
@@ -58,10 +60,11 @@ func (n *Node) newGate(ctx context.Context) (*gatekeeper, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the gate: %w", err)
 	}
-	g := &gatekeeper{n: n, kernel: k}
+	g := &gatekeeper{n: n, kernel: k, pass: &gateKernel{k: k}}
+	g.pass.replica.Store(n.image.Replica)
 	c := gate.Config{
 		Self: n.cfg.Name, Timers: gate.TimersOf(n.snapshot().Settings.Profile),
-		Store: gateStore{n}, Kernel: &gateKernel{k: k}, Peers: gatePeers{n}, Actor: g,
+		Store: gateStore{n}, Kernel: g.pass, Peers: gatePeers{n}, Actor: g,
 		Changed: g.changed, Failover: g.failedOver, Log: n.opts.Log,
 		Permit: g.permit, Permitted: n.permitted(),
 	}
@@ -173,7 +176,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 	news, stop := g.watcher.Subscribe()
 	defer stop()
 	restarting, since := false, time.Time{}
-	var replica postgres.Probe // the last one that told of a replica
+	var replica, primary postgres.Probe // the last one that told of a replica, of a primary
 	for {
 		var p postgres.Probe
 		select {
@@ -187,7 +190,10 @@ func (g *gatekeeper) feed(ctx context.Context) {
 			if p.PID == replica.PID {
 				p.Timeline = max(p.Timeline, replica.Timeline)
 			}
-			replica = p
+			replica, primary = p, postgres.Probe{}
+		}
+		if p.Kind == postgres.Primary {
+			primary = p
 		}
 		st := g.n.patroni.Status()
 		l := gate.Local{
@@ -195,6 +201,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 			PatroniUp: st.State == supervisor.Running && st.Health.Err == "" && !st.Health.Checked.IsZero(),
 			Stopping:  g.n.leaving.Load() || g.n.stopping.Load(),
 		}
+		l.WasPrimary = p.Kind == postgres.Hung && p.PID == primary.PID && p.Started == primary.Started
 		switch {
 		case p.Kind != postgres.Gone:
 			since = time.Time{}
@@ -270,9 +277,12 @@ func (g *gatekeeper) StopPostgres(why string) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		err := g.n.patroni.Kill(why)
+		if errors.Is(err, supervisor.ErrNotRunning) {
+			err = nil
+		}
 		if k := g.watcher.Latest().Kind; k != postgres.Gone && !g.gate.Status().Self {
-			err = errors.Join(err, g.n.asPostgres(ctx, filepath.Join(g.n.cfg.Postgres.BinDir, "pg_ctl"),
-				"stop", "-D", g.n.cfg.Postgres.DataDir, "-m", "immediate", "-t", "30", "-s"))
+			g.n.log.Warn("killing PostgreSQL", "why", why)
+			err = errors.Join(err, postgres.Kill(ctx, g.n.cfg.Postgres.DataDir))
 		}
 		g.n.problem("demotion", err)
 	}()
@@ -361,17 +371,17 @@ func (g *gatekeeper) serveHook(ctx context.Context) error {
 // goroutine at a time.
 type gateKernel struct {
 	k       *kernel.Kernel
-	replica bool // no session of an ownership can be left
+	replica atomic.Bool // no session of an ownership can be left
 }
 
 // Open implements gate.Kernel. Answers that this node gave as an owner, and that
 // the gate has held back, must not leave when it opens as a replica.
 func (g *gateKernel) Open(ctx context.Context, as gate.Pass, until gate.Moment) error {
 	if as == gate.AsOwner {
-		g.replica = false
+		g.replica.Store(false)
 		return g.k.Open(ctx, kernel.Owner, until)
 	}
-	if !g.replica {
+	if !g.replica.Load() {
 		// An earlier daemon may have opened it as a replica.
 		if was, err := g.k.Read(ctx); err != nil {
 			return err
@@ -380,7 +390,7 @@ func (g *gateKernel) Open(ctx context.Context, as gate.Pass, until gate.Moment) 
 				return err
 			}
 		}
-		g.replica = true
+		g.replica.Store(true)
 	}
 	return g.k.Open(ctx, kernel.Replica, until)
 }

@@ -3,6 +3,7 @@ package node
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -181,9 +182,31 @@ func unknownNode(name string, members []handOverMember) error {
 
 // leadership is who has it, as one linearizable transaction shows it.
 type leadership struct {
-	View   patroni.ClusterView
-	Record gate.Record // the zero value when there is none
-	Rev    int64       // of the record
+	View    patroni.ClusterView
+	Record  gate.Record // the zero value when there is none
+	Rev     int64       // of the record
+	Request request     // what Patroni has been asked for and has not cleared away
+}
+
+// request is Patroni's failover key.
+type request struct {
+	Leader string `json:"leader"` // from whom; "" = whoever it is
+	Member string `json:"member"` // to whom; "" = the best
+	At     string `json:"scheduled_at"`
+}
+
+// pending says in words what a request asks of the present leader, "" where there
+// is none, or one that is over: Patroni clears it away in its next round.
+func (r request) pending(leader string) string {
+	switch {
+	case r == request{}, r.Leader != "" && r.Leader != leader, r.Member == leader:
+		return ""
+	case r.At != "":
+		return "a switchover at " + r.At
+	case r.Member != "":
+		return "a switchover to " + r.Member
+	}
+	return "a switchover"
 }
 
 // serving is the node that may serve writes, "" for none: it owns the gate, has
@@ -215,8 +238,12 @@ func (n *Node) readLeadership(ctx context.Context) (leadership, error) {
 		l.Rev = kv.ModRevision
 	}
 	var kvs []patroni.KV
+	failover := patroni.Prefix(n.cfg.Cluster) + patroni.KeyFailover
 	for _, kv := range r.Responses[1].GetResponseRange().Kvs {
 		kvs = append(kvs, patroni.KV{Key: string(kv.Key), Value: kv.Value, ModRevision: kv.ModRevision, Lease: kv.Lease})
+		if string(kv.Key) == failover {
+			_ = json.Unmarshal(kv.Value, &l.Request) // what cannot be read is nothing to Patroni either
+		}
 	}
 	l.View, err = patroni.ParseView(n.cfg.Cluster, kvs)
 	return l, err
@@ -255,9 +282,7 @@ func (n *Node) observeHandOver(ctx context.Context) (handOverObservation, leader
 		return handOverObservation{}, l, err
 	}
 	o := handOverObservation{leader: l.serving(), paused: l.View.Paused, async: !l.View.Synchronous(), maxLag: l.View.MaxLag()}
-	if l.View.ModRevisions[patroni.KeyFailover] != 0 {
-		o.underWay = "a switchover or failover"
-	}
+	o.underWay = l.Request.pending(o.leader)
 	streaming := map[string]bool{}
 	if o.leader != "" {
 		m, err := n.memberNamed(o.leader)
@@ -266,7 +291,7 @@ func (n *Node) observeHandOver(ctx context.Context) (handOverObservation, leader
 		}
 		st, err := n.primaryStatus(ctx, m)
 		if err != nil {
-			return o, l, refused(cluster.CodeUnavailable, "the Patroni of the primary %s does not answer, and has to hand over: %v", o.leader, err)
+			return o, l, refused(cluster.CodeUnavailable, "the primary %s does not answer (%v): if it is lost and no replica takes over by itself: pgha failover", o.leader, err)
 		}
 		for _, r := range st.Replication {
 			streaming[r.ApplicationName] = streaming[r.ApplicationName] || r.State == "streaming"
@@ -384,7 +409,7 @@ func (h *handing) look(l leadership, to string) (done bool, err error) {
 		return false, fmt.Errorf("%s did not take over from %s: pgha logs patroni on %s says why", to, from, to)
 	case rec.Owner == from && rec.State != gate.Shut:
 		h.seen = time.Now()
-		if h.answer != nil && l.View.ModRevisions[patroni.KeyFailover] == 0 {
+		if h.answer != nil && l.Request.pending(from) == "" {
 			h.tell.Leaves("") // it has not begun
 			return false, notSwitched(h.answer, from, to)
 		}
@@ -429,7 +454,7 @@ func (h *handing) waitWritable(ctx context.Context) error {
 	}
 	for {
 		r, err := h.n.reportOf(ctx, m)
-		if err == nil && r.Gate != nil && r.Gate.Open && r.Gate.OpenAs == string(gate.AsOwner) && r.Postgres.Role == pgPrimary {
+		if err == nil && r.takesWrites() {
 			h.tell.Say("%s takes writes; for about %s nobody did", h.r.To, h.r.Paused)
 			h.tell.Leaves("%s is the primary; %s is still coming back as its replica, by itself", h.r.To, h.r.From)
 			return nil
@@ -447,7 +472,7 @@ func (h *handing) waitFollows(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	woken := false
+	wake := h.n.waker()
 	last := "it does not stream yet"
 	for {
 		st, err := h.n.primaryStatus(ctx, m)
@@ -463,15 +488,17 @@ func (h *handing) waitFollows(ctx context.Context) error {
 			h.tell.Leaves("%s is the primary, or about to be: see pgha status", l.Record.Owner)
 			return fmt.Errorf("%s has lost the leadership again, to %s", h.r.To, l.Record.Owner)
 		case i < 0:
+		case l.Request != request{}:
+			last = "Patroni has not cleared the request away yet"
 		case h.async || old.Tags["nosync"] == true || slices.Contains(l.View.Sync.Standbys, h.r.From):
 			h.tell.Say("%s follows as a replica", h.r.From)
 			h.tell.Leaves("%s is the primary, and %s its replica", h.r.To, h.r.From)
 			return nil
 		default:
 			last = "it streams, and is not in sync yet"
-			if !woken { // it looks in its next round otherwise
-				woken = h.n.patroniOf(m).Wake(ctx) == nil
-			}
+		}
+		if i >= 0 {
+			wake(ctx, h.r.To) // what is left is for its Patroni to see
 		}
 		if !sleep(ctx, 4*handOverPoll) {
 			return fmt.Errorf("wait until %s follows: %w; %s", h.r.From, context.Cause(ctx), last)

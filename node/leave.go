@@ -3,12 +3,15 @@ package node
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 	"strings"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"pgha/cluster"
 	"pgha/embedded"
@@ -35,12 +38,8 @@ type MemberLeave struct {
 	// MemberID is the caller's etcd member. A question that is answered late must
 	// not take out a node that has joined anew under the old name.
 	MemberID uint64 `json:"member_id,string"`
-}
-
-func (n *Node) leaveHandler(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), leaveTimeout)
-	defer cancel()
-	reply(w, struct{}{}, n.leave(ctx))
+	By       string `json:"by"`  // who wanted it, as root@n1
+	Why      string `json:"why"` // in words
 }
 
 // memberLeaveHandler serves a node that leaves. It need not be on the roster any
@@ -51,63 +50,33 @@ func (n *Node) memberLeaveHandler(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		err = decode(w, r, &req)
 	}
+	if err == nil && req.MemberID == 0 {
+		err = refused(cluster.CodeBadRequest, "a node that leaves must name its etcd member")
+	}
 	if err == nil {
 		// A caller that hangs up must not stay half a member.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), takeOutTimeout)
 		defer cancel()
-		err = n.takeOut(ctx, id.Node, req.MemberID)
+		err = n.takeOut(ctx, departure{name: id.Node, member: req.MemberID, by: req.By, why: req.Why})
 	}
 	reply(w, struct{}{}, err)
 }
 
-// leaveObservation is what decideLeave looks at.
-type leaveObservation struct {
-	members   int // on the roster, the one that leaves included
-	voters    int
-	answering int  // voters that answer, the one that leaves included
-	voter     bool // the one that leaves is a voter
-	silent    bool // and does not answer
-	leader    bool // it is the primary
-	successor string
-	noSuccess string // why nobody can take over
-}
-
-// decideLeave says whether a node may go, with the reason if not.
-func decideLeave(o leaveObservation) (bool, string) {
-	if o.members <= 1 {
-		return true, "this is the last node: the cluster ends with it"
-	}
-	if why := quorumWithout(o); why != "" {
-		return false, why
-	}
-	if o.leader && o.successor == "" {
-		return false, "this node is the primary and nobody can take over: " + o.noSuccess
-	}
-	return true, ""
-}
-
-// quorumWithout says why etcd's voters cannot do without a member, or "".
-func quorumWithout(o leaveObservation) string {
-	others := o.answering
-	if !o.silent {
-		others--
-	}
-	switch {
-	case !o.voter:
-		return ""
-	case o.voters == 1:
-		return "it is the only etcd voter: the others would lose the cluster. Reset the others first, or add a witness so that they become voters"
-	case others < (o.voters-1)/2+1:
-		return fmt.Sprintf("only %d of %d voters answer: without this one the cluster would lose its quorum", o.answering, o.voters)
-	}
-	return ""
+// leaveRequest says how a node leaves.
+type leaveRequest struct {
+	by, why   string // who wants it, as root@n1, and what is done, in words
+	allowEven bool   // even if an even number of voters remains
 }
 
 // leave takes this node out of the cluster: PostgreSQL's leadership goes to
-// another node first, then a remaining member takes the node out.
-func (n *Node) leave(ctx context.Context) (err error) {
-	srv, store := n.etcd.Load(), n.store.Load()
-	if srv == nil || store == nil {
+// another node first, then a remaining member takes the node out. The last node
+// of a cluster has nobody to tell: nothing is done.
+func (n *Node) leave(ctx context.Context, tell steps, r leaveRequest) error {
+	if b := n.isBarred(); b != nil && b.Kind == barReplaced {
+		return nil // there is nothing left that it could leave
+	}
+	srv := n.etcd.Load()
+	if srv == nil || n.store.Load() == nil {
 		return n.notReady()
 	}
 	st, err := srv.Status(ctx)
@@ -115,32 +84,35 @@ func (n *Node) leave(ctx context.Context) (err error) {
 		return err
 	}
 	s := n.status(ctx)
-	o := leaveObservation{members: len(s.Members), leader: s.Leader == n.cfg.Name}
-	for _, m := range s.Members {
-		if m.voter() {
-			o.voters++
-			if m.Reachable {
-				o.answering++
-			}
-			o.voter = o.voter || m.Name == n.cfg.Name
-		}
-	}
-	w := n.snapshot()
-	oo := observation{leader: s.Leader, async: w.Settings.Async, paused: w.View.Paused, maxLag: patroni.MaxLagOnFailover, members: s.Members}
-	if o.noSuccess = noSuccessor(oo); o.noSuccess == "" {
-		o.successor = "yes"
-	}
+	o := n.observeLeave(s, n.cfg.Name)
+	o.allowEven = r.allowEven
 	if ok, why := decideLeave(o); !ok {
-		return &cluster.Error{Code: cluster.CodeConflict, Message: "this node cannot leave: " + why}
+		return refused(cluster.CodeConflict, "this node cannot leave: %s", why)
 	}
 	if o.members <= 1 {
 		return nil
 	}
-	n.log.Warn("leaving the cluster")
+	if o.leader {
+		if _, err := n.handOver(ctx, tell.Say, ""); err != nil {
+			return err
+		}
+	}
+	// With what follows this node's etcd ends, and the operation's lock with it:
+	// that must not cut the rest short.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
+	defer cancel()
+	return n.depart(ctx, tell, r, whomToAsk(n.cfg.Name, n.snapshot().Members, s.Members), st.MemberID, srv)
+}
+
+// depart is the part of leave that changes something.
+func (n *Node) depart(ctx context.Context, tell steps, r leaveRequest, whom []cluster.Member, id uint64, srv *embedded.Server) (err error) {
+	n.log.Warn("leaving the cluster", "by", r.by, "why", r.why)
 	// The reconciler would start Patroni again; if this fails half way, it should.
 	n.leaving.Store(true)
 	defer func() { n.leaving.Store(err == nil) }()
 	if n.cfg.Role == cluster.RoleData {
+		tell.Leaves("%s is still a member, and its PostgreSQL is started again", n.cfg.Name)
+		tell.Say("stopping PostgreSQL on %s", n.cfg.Name)
 		if err := n.patroni.Stop(ctx); err != nil {
 			return fmt.Errorf("stop PostgreSQL: %w", err)
 		}
@@ -149,8 +121,13 @@ func (n *Node) leave(ctx context.Context) (err error) {
 		}
 		n.waitShut(ctx)
 	}
+	tell.Say("having %s taken out of the cluster", n.cfg.Name)
 	removed := func() bool { return errors.Is(srv.Err(), embedded.ErrRemoved) }
-	return n.askOut(ctx, whomToAsk(n.cfg.Name, w.Members, s.Members), st.MemberID, removed)
+	if err := n.askOut(ctx, whom, MemberLeave{MemberID: id, By: r.by, Why: r.why}, removed); err != nil {
+		return err
+	}
+	n.markRemoved(Removal{At: time.Now().UTC().Truncate(time.Second), By: r.by, Why: r.why})
+	return nil
 }
 
 // whomToAsk lists the remaining members, those first that can take a node out
@@ -174,12 +151,12 @@ func whomToAsk(self string, roster []cluster.Member, seen []MemberStatus) []clus
 // and it never hears what became of its etcd member. removed tells whether this
 // node's etcd has heard that its member is out. Then a pass in which nobody
 // answers at all means that the roster's entry is gone too, and an answer lost.
-func (n *Node) askOut(ctx context.Context, whom []cluster.Member, id uint64, removed func() bool) error {
+func (n *Node) askOut(ctx context.Context, whom []cluster.Member, req MemberLeave, removed func() bool) error {
 	for {
 		answered, reasons := false, []string{}
 		for _, m := range whom {
 			try, cancel := context.WithTimeout(ctx, askOutTimeout)
-			err := n.seen.call(try, http.MethodPost, m.APIAddr(), pathMemberLeave, MemberLeave{MemberID: id}, nil)
+			err := n.seen.call(try, http.MethodPost, m.APIAddr(), pathMemberLeave, req, nil)
 			cancel()
 			if err == nil {
 				n.log.Warn("this node is no member any more", "asked", m.Name)
@@ -200,13 +177,23 @@ func (n *Node) askOut(ctx context.Context, whom []cluster.Member, id uint64, rem
 	}
 }
 
+// departure is a member that is taken out.
+type departure struct {
+	name string
+	// member is the etcd member that the node is known to have, or 0 for whichever
+	// it has.
+	member  uint64
+	by, why string // who wanted it, as root@n1, and what was done, in words
+	token   string // the id of the join token with which another takes its place; "" = nobody does
+}
+
 // takeOut removes another node's etcd member, then its entry in the roster,
-// which closes the firewalls to it. It ends when both are committed. A step that
-// was done before is fine, so that it can be repeated after any failure, by any
-// member. It refuses, with [cluster.ErrConflict], to take out a voter that etcd
-// cannot do without as this node sees it. id is the etcd member that the node is
-// known to have, or 0 for whichever it has.
-func (n *Node) takeOut(ctx context.Context, name string, id uint64) error {
+// which closes the firewalls to it and is what it will be told when it comes
+// back, then what else there is of it in the cluster. It ends when all is
+// committed. A step that was done before is fine, so that it can be repeated
+// after any failure, by any member. It refuses, with [cluster.ErrConflict], to
+// take out a voter that etcd cannot do without as this node sees it.
+func (n *Node) takeOut(ctx context.Context, d departure) error {
 	n.takeMu.Lock() // each decision stands on the one before
 	defer n.takeMu.Unlock()
 	srv, store := n.etcd.Load(), n.store.Load()
@@ -214,9 +201,9 @@ func (n *Node) takeOut(ctx context.Context, name string, id uint64) error {
 		return n.notReady()
 	}
 	refuse := func(why string) error {
-		return &cluster.Error{Code: cluster.CodeConflict, Message: fmt.Sprintf("%s does not take %s out of the cluster: %s", n.cfg.Name, name, why)}
+		return refused(cluster.CodeConflict, "%s does not take %s out of the cluster: %s", n.cfg.Name, d.name, why)
 	}
-	if name == n.cfg.Name || n.leaving.Load() {
+	if d.name == n.cfg.Name || n.leaving.Load() {
 		return refuse("another member has to, one that stays")
 	}
 	// The store's reads are linearizable: what this member knows of etcd's
@@ -229,23 +216,89 @@ func (n *Node) takeOut(ctx context.Context, name string, id uint64) error {
 	if err != nil {
 		return err
 	}
-	member, o := n.observeTakeOut(name, roster, st)
-	if id != 0 && member.ID != 0 && member.ID != id {
-		return refuse(fmt.Sprintf("its etcd member is %x, not %x: it has joined anew", member.ID, id))
+	member, o := n.observeTakeOut(d.name, roster, st)
+	if d.member != 0 && member.ID != 0 && member.ID != d.member {
+		return refuse(fmt.Sprintf("its etcd member is %x, not %x: it has joined anew", member.ID, d.member))
 	}
 	if why := quorumWithout(o); why != "" {
 		return refuse(why)
 	}
 	if member.ID != 0 {
-		n.log.Warn("taking a member out of the cluster", "member", name, "id", fmt.Sprintf("%x", member.ID))
+		n.log.Warn("taking a member out of the cluster", "member", d.name, "id", fmt.Sprintf("%x", member.ID), "by", d.by, "why", d.why)
 		if err := removeFromEtcd(ctx, srv, st, member.ID); err != nil {
 			return err
 		}
+		d.member = member.ID
 	}
-	if err := store.RemoveMember(ctx, name); err != nil && !errors.Is(err, cluster.ErrNoMember) {
+	return n.forget(ctx, store, srv.Client(), d, roster)
+}
+
+// forget takes what there is of a node, but its etcd member, out of the cluster.
+func (n *Node) forget(ctx context.Context, store *cluster.Store, c *clientv3.Client, d departure, roster []cluster.Member) error {
+	var entry cluster.Member
+	if i := slices.IndexFunc(roster, func(m cluster.Member) bool { return m.Name == d.name }); i >= 0 {
+		entry = roster[i]
+	}
+	if entry.Rev != 0 {
+		f := cluster.FormerMember{Name: d.name, Addr: entry.Addr, Role: entry.Role, MemberID: d.member, RemovedAt: time.Now(), By: d.by, Why: d.why}
+		if err := store.TakeOut(ctx, entry, f); err != nil {
+			return err
+		}
+		n.event(EventMembership, d.name, actorOr(d.by), "%s (%s, %s) is no member any more: %s", d.name, entry.Role, entry.Addr, d.why)
+	}
+	n.wake()
+	if _, err := store.RevokeTokensOf(ctx, d.name, entry.TokenID, d.token); err != nil {
 		return err
 	}
+	// Patroni would keep the node's replication slot until its key ends with its
+	// session, after a minute. The lock of an operation that ran on the node has
+	// nobody who could give it back.
+	own := patroni.Prefix(n.cfg.Cluster) + patroni.KeyMembers + d.name
+	if _, err := c.Delete(ctx, own); err != nil {
+		return fmt.Errorf("delete Patroni's key of %s: %w", d.name, err)
+	}
+	if err := n.breakLockOf(ctx, c, d.name); err != nil {
+		return err
+	}
+	n.wakePrimary(ctx)
 	return nil
+}
+
+// breakLockOf ends the lock of an operation that ran on a node which is no member
+// any more.
+func (n *Node) breakLockOf(ctx context.Context, c *clientv3.Client, name string) error {
+	r, err := c.Get(ctx, n.operationKey())
+	if err != nil {
+		return fmt.Errorf("read lock: %w", err)
+	}
+	for _, kv := range r.Kvs {
+		var o OperationInfo
+		if json.Unmarshal(kv.Value, &o) != nil || o.Node != name {
+			continue
+		}
+		key := string(kv.Key)
+		if _, err := c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(key), "=", kv.ModRevision)).Then(clientv3.OpDelete(key)).Commit(); err != nil {
+			return fmt.Errorf("end the lock of %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// wakePrimary has the primary's Patroni see at once what has changed, if this
+// node may ask it; it sees it in its next round all the same.
+func (n *Node) wakePrimary(ctx context.Context) {
+	w := n.snapshot()
+	for _, m := range w.Members {
+		if m.Name != w.View.Leader || w.Secrets == nil {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(ctx, wakeTimeout)
+		err := n.restClient(w, m.Addr, m.Ports.Patroni).Wake(ctx)
+		cancel()
+		if err != nil {
+			n.log.Debug("cannot wake Patroni on the primary", "primary", m.Name, "err", err)
+		}
+	}
 }
 
 // observeTakeOut finds a node's etcd member, the zero value if there is none,
@@ -264,7 +317,7 @@ func (n *Node) observeTakeOut(name string, roster []cluster.Member, st embedded.
 	var found embedded.Member
 	o := leaveObservation{members: len(roster)}
 	for _, m := range st.Members {
-		if m.Name == name || m.PeerURL == url {
+		if m.Name == name || m.PeerURL == url || fmt.Sprintf("%x", m.ID) == name {
 			found = m
 			o.voter, o.silent = !m.Learner, !answers[m.ID]
 		}

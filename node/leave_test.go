@@ -152,7 +152,7 @@ func TestTakeOut(t *testing.T) {
 	const all = "n1 n2 n3 n4, etcd n1 n2 n3 n4?"
 	refused := func(name string, id uint64, want string) {
 		t.Helper()
-		err := l.n.takeOut(l.long(), name, id)
+		err := l.n.takeOut(l.long(), departure{name: name, member: id})
 		if !errors.Is(err, cluster.ErrConflict) || !strings.Contains(err.Error(), want) {
 			t.Errorf("take out %s: %v, want %q", name, err, want)
 		}
@@ -173,7 +173,7 @@ func TestTakeOut(t *testing.T) {
 
 	// A learner is of no account for the quorum.
 	for range 2 { // repeatable
-		l.must(l.n.takeOut(l.long(), "n4", 0))
+		l.must(l.n.takeOut(l.long(), departure{name: "n4"}))
 	}
 	if got, want := l.known(), "n1 n2 n3, etcd n1 n2 n3"; got != want {
 		t.Errorf("without n4: %q, want %q", got, want)
@@ -184,7 +184,7 @@ func TestTakeOut(t *testing.T) {
 	l.must(l.servers["n1"].MoveLeader(l.long(), id))
 	l.answers("n3")
 	for range 2 {
-		l.must(l.n.takeOut(l.long(), "n2", id))
+		l.must(l.n.takeOut(l.long(), departure{name: "n2", member: id, by: "root@n1", why: "a test"}))
 	}
 	if got, want := l.known(), "n1 n3, etcd n1 n3"; got != want {
 		t.Errorf("without n2: %q, want %q", got, want)
@@ -197,10 +197,28 @@ func TestTakeOut(t *testing.T) {
 		t.Errorf("n1 does not lead etcd: %+v, %v", st, err)
 	}
 
+	// It is remembered as what it was, once, and what it could come back with is gone.
+	former, err := l.n.store.Load().Former(l.long())
+	l.must(err)
+	if len(former) != 2 || former[0].Name != "n2" || former[0].MemberID != id || former[0].By != "root@n1" || former[0].Why != "a test" || former[1].Name != "n4" {
+		t.Errorf("the former members are %+v", former)
+	}
+	for _, tc := range []struct {
+		name    string
+		id      uint64
+		removed bool
+	}{{"n2", id, true}, {"n2", 0, true}, {"n3", l.id("n3"), false}, {"n3", 0, false}, {"gone", 7, true}} {
+		st, err := l.n.standing(l.long(), tc.name, tc.id)
+		l.must(err)
+		if removed := st.Removed != nil; removed != tc.removed {
+			t.Errorf("%s with member %x was removed: %t, want %t", tc.name, tc.id, removed, tc.removed)
+		}
+	}
+
 	// Half of the work was done by a member that died.
 	id = l.id("n3")
 	l.must(l.servers["n1"].Remove(l.long(), id))
-	l.must(l.n.takeOut(l.long(), "n3", id))
+	l.must(l.n.takeOut(l.long(), departure{name: "n3", member: id, by: "root@n1", why: "a test"}))
 	if got, want := l.known(), "n1, etcd n1"; got != want {
 		t.Errorf("without n3: %q, want %q", got, want)
 	}
@@ -252,6 +270,7 @@ func TestMemberLeaveAPI(t *testing.T) {
 		want error
 		says string
 	}{
+		{"no etcd member", as("n2", pki.RoleNode), MemberLeave{}, cluster.ErrBadRequest, "must name its etcd member"},
 		{"no certificate", stranger, n2, cluster.ErrNoMember, "needs the certificate of a node"},
 		{"the operator's certificate", as("n2", pki.RoleAdmin), n2, cluster.ErrNoMember, "not of a node"},
 		{"another node's member", as("n3", pki.RoleNode), n2, cluster.ErrConflict, "joined anew"},
@@ -302,8 +321,8 @@ func TestAskOut(t *testing.T) {
 	n := opened(t)
 	var asked, fail atomic.Int32 // questions so far; which of them fail
 	answer := func(req MemberLeave) error {
-		if req.MemberID != 7 {
-			t.Errorf("member %d leaves", req.MemberID)
+		if req.MemberID != 7 || req.By != "root@n1" || req.Why != "it has left" {
+			t.Errorf("%+v leaves", req)
 		}
 		if asked.Add(1) <= fail.Load() {
 			return fmt.Errorf("not now")
@@ -336,7 +355,7 @@ func TestAskOut(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			asked.Store(0)
 			fail.Store(tc.fail)
-			err := n.askOut(tc.ctx, tc.whom, 7, tc.removed)
+			err := n.askOut(tc.ctx, tc.whom, MemberLeave{MemberID: 7, By: "root@n1", Why: "it has left"}, tc.removed)
 			if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, cluster.ErrUnavailable) || !strings.Contains(err.Error(), tc.want)) {
 				t.Errorf("error %v, want %q", err, tc.want)
 			}

@@ -58,12 +58,6 @@ func (l *Local) RevokeToken(ctx context.Context, id string) error {
 	return l.call(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil, nil)
 }
 
-// Leave takes this node out of its cluster; the daemon goes on until it is
-// stopped. It refuses what would cost the others the cluster.
-func (l *Local) Leave(ctx context.Context) error {
-	return l.call(ctx, http.MethodPost, "/v1/leave", nil, nil)
-}
-
 // RenewCertificates replaces all certificates of this node.
 func (l *Local) RenewCertificates(ctx context.Context) error {
 	return l.call(ctx, http.MethodPost, "/v1/certificates", nil, nil)

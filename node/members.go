@@ -91,6 +91,8 @@ type TokenRequest struct {
 	Name string           `json:"name,omitempty"`
 	TTL  time.Duration    `json:"ttl,omitempty"` // nanoseconds; 0 = the default
 	Uses int              `json:"uses,omitempty"`
+	// Replaces is the member whose place the new node takes, "" for none.
+	Replaces string `json:"replaces,omitempty"`
 }
 
 // TokenAnswer carries a new token. It is shown once.
@@ -107,11 +109,15 @@ func (n *Node) createToken(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
-	a, err := n.newToken(r.Context(), req)
+	if req.Replaces != "" {
+		reply(w, nil, refused(cluster.CodeBadRequest, "a token that replaces a member is made with pgha member replace"))
+		return
+	}
+	a, err := n.newToken(r.Context(), req, n.cfg.Name)
 	reply(w, a, err)
 }
 
-func (n *Node) newToken(ctx context.Context, req TokenRequest) (TokenAnswer, error) {
+func (n *Node) newToken(ctx context.Context, req TokenRequest, by string) (TokenAnswer, error) {
 	store := n.store.Load()
 	if store == nil {
 		return TokenAnswer{}, n.notReady()
@@ -134,7 +140,7 @@ func (n *Node) newToken(ctx context.Context, req TokenRequest) (TokenAnswer, err
 	addrs := []string{}
 	for _, m := range members {
 		switch {
-		case m.Role != cluster.RoleData || m.State != cluster.StateMember:
+		case m.Role != cluster.RoleData || m.State != cluster.StateMember || m.Name == req.Replaces:
 		case m.Name == n.cfg.Name:
 			addrs = append([]string{m.APIAddr()}, addrs...)
 		default:
@@ -144,8 +150,8 @@ func (n *Node) newToken(ctx context.Context, req TokenRequest) (TokenAnswer, err
 	if len(addrs) == 0 {
 		return TokenAnswer{}, errors.New("create token: no data node is a full member yet: wait a moment and repeat")
 	}
-	spec := cluster.TokenSpec{Role: req.Role, Name: req.Name, TTL: req.TTL, Uses: req.Uses}
-	t, text, err := store.CreateToken(ctx, spec, pin, addrs, n.cfg.Name, time.Now())
+	spec := cluster.TokenSpec{Role: req.Role, Name: req.Name, TTL: req.TTL, Uses: req.Uses, Replaces: req.Replaces}
+	t, text, err := store.CreateToken(ctx, spec, pin, addrs, by, time.Now())
 	if err != nil {
 		return TokenAnswer{}, err
 	}

@@ -33,6 +33,8 @@ type Options struct {
 	// Foreground is true when no service manager keeps the daemon: a signal
 	// then always means that the whole node stops.
 	Foreground bool
+	// Image is what this process was handed (BeginImage); nil for nothing.
+	Image *Image
 }
 
 // Node is the daemon of one node.
@@ -59,8 +61,16 @@ type Node struct {
 	etcd  atomic.Pointer[embedded.Server]
 	store atomic.Pointer[cluster.Store]
 
-	founded atomic.Bool // state.Founded as it is now; state itself never changes
-	leaving atomic.Bool // this node is leaving: what it has stopped stays so
+	etcdTrust atomic.Pointer[[]byte] // the CA certificates that etcd was started with
+	etcdAgain chan *embedded.Server  // asks for a restart of that member
+	rotation  follower               // used by the reconciler, and why under mu
+	turnWaits string                 // under mu: what a restart of etcd waits for
+
+	founded atomic.Bool             // state.Founded as it is now; state itself never changes
+	leaving atomic.Bool             // this node is leaving: what it has stopped stays so
+	removal atomic.Pointer[Removal] // this node is no member any more
+	doubt   atomic.Int64            // until when, by Unix nanoseconds, it is in doubt whether it is one
+	stateMu sync.Mutex              // one change of the state file at a time
 
 	stopping atomic.Bool // the node is being stopped, with PostgreSQL
 	takeMu   sync.Mutex  // one member is taken out at a time
@@ -69,11 +79,20 @@ type Node struct {
 	fwMu      sync.Mutex
 	fwApplied *firewall.Policy
 
-	kick chan struct{} // wakes the reconciler
-	seen peers         // what the other members answered lately
-	runs runs          // operations that this daemon runs
-	news eventLog      // events that are not stored yet
-	told chronicler    // used by the reconciler alone
+	kick      chan struct{}           // wakes the reconciler
+	seen      peers                   // what the other members answered lately
+	runs      runs                    // operations that this daemon runs
+	end       context.CancelCauseFunc // ends Run
+	image     *Image
+	started   time.Time
+	upgradeMu sync.Mutex // one program comes in, or begins, at a time
+	news      eventLog   // events that are not stored yet
+	told      chronicler // used by the reconciler alone
+	lineage   lineage    // this node's place in the cluster's history
+	memory    memory     // what was last known of the whole cluster
+	packages  packages
+
+	settingAside atomic.Bool // Patroni has to wait while its data directory is moved
 
 	mu        sync.Mutex
 	waiting   string               // what the start waits for; "" once it is over
@@ -84,17 +103,25 @@ type Node struct {
 	etcdState string               // running, or why not
 	rest      map[[3]string]*patroni.Client
 	lastTick  time.Time // when the reconciler last finished a round
+	taken     int64     // revision of the settings that this node follows
 }
 
 // world is what the reconciler works from.
 type world struct {
 	Members  []cluster.Member
 	Settings cluster.Settings
+	// SettingsRev is etcd's revision of Settings; 0 before they were read from etcd.
+	SettingsRev int64
+
+	Former   []cluster.FormerMember
 	JoinOpen bool // unexpired join tokens exist
 	View     patroni.ClusterView
 	Viewed   bool      // View was read from etcd in this round
 	ViewedAt time.Time // when View was last read from etcd
 	Secrets  *cluster.Secrets
+	CA       *cluster.CAState         // nil: it was never replaced
+	Taken    map[string]cluster.Taken // by name: what the members have followed
+	Planned  *PlannedSwitchover       // nil: none
 }
 
 // owners are the operating system's users of the children.
@@ -105,31 +132,29 @@ type owners struct {
 // Open reads and checks what is on disk. It changes nothing but missing
 // directories, and starts nothing.
 func Open(opts Options) (*Node, error) {
-	state, err := LoadState(opts.Paths)
+	state, cfg, err := load(opts.Paths)
 	if err != nil {
 		return nil, err
-	}
-	if state.Phase != PhaseReady {
-		return nil, fmt.Errorf("%s was interrupted on this host: run the same command again, or pgha reset", initOrJoin(state))
-	}
-	cfg, err := LoadConfig(opts.Paths.Config())
-	if err != nil {
-		return nil, err
-	}
-	if cfg.Name != state.Node || cfg.Cluster != state.ClusterName || cfg.Role != state.Role {
-		return nil, fmt.Errorf("%s says this is the %s node %q of cluster %q, but the data on disk belongs to the %s node %q of cluster %q: put the configuration right, or pgha reset",
-			opts.Paths.Config(), cfg.Role, cfg.Name, cfg.Cluster, state.Role, state.Node, state.ClusterName)
 	}
 	n := &Node{
 		paths: opts.Paths, cfg: cfg, state: state, opts: opts,
 		log:       opts.Log.With("component", "pgha"),
 		kick:      make(chan struct{}, 1),
+		etcdAgain: make(chan *embedded.Server),
 		problems:  map[string]string{},
 		rest:      map[[3]string]*patroni.Client{},
 		etcdState: "starting",
 		waiting:   "starting",
 	}
+	n.started = time.Now()
+	if n.image = opts.Image; n.image == nil {
+		n.image = &Image{}
+	}
+	if err := n.loadLineage(); err != nil {
+		return nil, err
+	}
 	n.founded.Store(state.Founded)
+	n.removal.Store(state.Removed)
 	if n.owners, err = lookupOwners(cfg.Role); err != nil {
 		return nil, err
 	}
@@ -152,6 +177,26 @@ func Open(opts Options) (*Node, error) {
 	}
 	n.seen.init(n)
 	return n, nil
+}
+
+// load reads which node of which cluster this host is.
+func load(p Paths) (State, Config, error) {
+	state, err := LoadState(p)
+	if err != nil {
+		return state, Config{}, err
+	}
+	if state.Phase != PhaseReady {
+		return state, Config{}, fmt.Errorf("%s was interrupted on this host: run the same command again, or pgha reset", initOrJoin(state))
+	}
+	cfg, err := LoadConfig(p.Config())
+	if err != nil {
+		return state, Config{}, err
+	}
+	if cfg.Name != state.Node || cfg.Cluster != state.ClusterName || cfg.Role != state.Role {
+		return state, cfg, fmt.Errorf("%s says this is the %s node %q of cluster %q, but the data on disk belongs to the %s node %q of cluster %q: put the configuration right, or pgha reset",
+			p.Config(), cfg.Role, cfg.Name, cfg.Cluster, state.Role, state.Node, state.ClusterName)
+	}
+	return state, cfg, nil
 }
 
 // wrongCertificates says what to do about certificates that are missing or not
@@ -208,6 +253,7 @@ func (n *Node) openData() error {
 func (n *Node) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	n.end = cancel
 	unlock, err := lockDaemon(n.paths)
 	if err != nil {
 		return err
@@ -223,7 +269,12 @@ func (n *Node) Run(ctx context.Context) error {
 		// It may be off because this host has no nftables.
 		n.log.Warn("cannot make sure that the firewall's table is gone", "err", err)
 	}
+	if !n.opts.Foreground {
+		// A node that an earlier pgha has installed is told of here.
+		n.problem("needrestart", systemd.KeepNeedrestartAway())
+	}
 	n.loadCache()
+	n.problem("last known state", n.loadKnown())
 	// The firewall stands before anything listens.
 	n.applyFirewall(ctx)
 	closeGate, err := n.openGate(ctx)
@@ -236,13 +287,29 @@ func (n *Node) Run(ctx context.Context) error {
 	// Whatever a dead daemon has left running is taken over before anything
 	// that can wait: Patroni must not miss its etcd for long.
 	n.adoptChildren(ctx)
-
 	// The unit has started once the daemon can be asked what it waits for; a
 	// cluster that lacks its quorum must not make systemd restart it.
 	if err := systemd.NotifyReady(); err != nil {
 		n.log.Warn("cannot tell systemd", "err", err)
 	}
-	run, runCtx := errgroup.WithContext(ctx)
+	n.notifyWatchdog(systemd.WatchdogInterval()) // an image before may have changed it
+	// What runs goes on after ctx until the leadership has been handed over.
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	run, runCtx := errgroup.WithContext(life)
+	why := systemd.Unknown
+	run.Go(func() error {
+		defer end()
+		select {
+		case <-runCtx.Done(): // a part has failed
+		case <-ctx.Done():
+			if next := (*Reexec)(nil); !errors.As(context.Cause(ctx), &next) {
+				why = n.whyStopping()
+				n.beforeStop(runCtx, why)
+			}
+		}
+		return nil
+	})
 	serve := func(name string, f func(context.Context) error) {
 		run.Go(func() error {
 			if err := f(runCtx); err != nil {
@@ -254,31 +321,37 @@ func (n *Node) Run(ctx context.Context) error {
 	serve("serve local API", n.serveLocal)
 	serve("serve API", n.serveRemote)
 	serve("run etcd", n.runEtcd)
+	serve("watch etcd's CAs", n.etcdTrustLoop)
 	serve("reconcile", n.reconcileLoop)
 	serve("lead", n.leadLoop)
 	serve("watch peers", n.seen.loop)
+	serve("meet the others", n.meetLoop)
+	serve("stay out of service", n.endService)
+	serve("save snapshots", n.snapshotLoop)
+	serve("watch own membership", n.watchStanding)
 	serve("watch firewall", n.watchFirewall)
 	serve("keep events", n.keepEvents)
+	serve("prove this version", n.prove)
 	serve("ping watchdog", n.pingWatchdog)
 	if n.cfg.Role == cluster.RoleData {
 		serve("route", n.router.loop)
+		serve("check roles", n.rolesLoop)
+		serve("carry out switchovers", n.carryOut)
 	}
 	err = run.Wait()
+	if next := (*Reexec)(nil); errors.As(context.Cause(ctx), &next) {
+		return n.giveWay(next)
+	}
 	if ctx.Err() != nil {
 		err = nil // asked to stop
 	}
-	return errors.Join(err, n.stop(ctx.Err() != nil))
+	return errors.Join(err, n.stop(ctx.Err() != nil, why))
 }
 
-// stop ends the node's parts in the order in which they need each other.
-// Patroni goes first, while it can still hand its leadership over through etcd.
-func (n *Node) stop(asked bool) error {
-	why := systemd.StopUnit
-	if !n.opts.Foreground {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		why = systemd.WhyStopping(ctx)
-		cancel()
-	}
+// stop ends the node's parts in the order in which they need each other. Patroni
+// goes first: where beforeStop could not hand the leadership over, it lets go of
+// it through etcd.
+func (n *Node) stop(asked bool, why systemd.StopReason) error {
 	var err error
 	if !asked || why == systemd.RestartUnit {
 		n.event(EventRestart, n.cfg.Name, actorPgha, "pgha stops and leaves Patroni, PostgreSQL and HAProxy running for the next daemon")

@@ -36,6 +36,7 @@ type operationSpec struct {
 	run  func(n *Node, ctx context.Context, o *Operation, req json.RawMessage) (any, error)
 	lock bool // no other operation with a lock runs in the cluster meanwhile
 	data bool // only a data node can do it
+	save bool // the cluster's state is saved before
 }
 
 // operations are what an operator can ask a daemon to do, by name. Each runs in
@@ -44,7 +45,32 @@ var operations map[string]operationSpec
 
 // init, not an initialiser: the operations' functions lead back to the table.
 func init() {
-	operations = map[string]operationSpec{}
+	operations = map[string]operationSpec{
+		"recover-quorum":     {run: (*Node).recoverQuorum},
+		"snapshot-restore":   {run: (*Node).restoreSnapshot},
+		"config":             {run: (*Node).configOperation, lock: true, data: true},
+		"leave":              {run: (*Node).leaveOperation, lock: true},
+		"member-remove":      {run: (*Node).memberRemove, lock: true, data: true, save: true},
+		"member-replace":     {run: (*Node).memberReplace, lock: true, data: true, save: true},
+		"switchover":         {run: (*Node).switchover, lock: true, data: true},
+		"rotate-passwords":   {run: (*Node).rotatePasswords, lock: true, data: true, save: true},
+		"rotate-ca":          {run: (*Node).rotateCA, lock: true, data: true, save: true},
+		"renew-certificates": {run: (*Node).renewCertsOf, lock: true, data: true},
+		"failover":           {run: (*Node).failover, lock: true, data: true},
+		"pause":              {run: (*Node).pause, lock: true, data: true},
+		"resume":             {run: (*Node).pause, lock: true, data: true},
+		"maintenance":        {run: (*Node).maintenance, lock: true, data: true},
+		"upgrade":            {run: (*Node).upgrade, lock: true, data: true},
+		"run-anew":           {run: (*Node).runAnew, lock: true},
+		"restart":            {run: (*Node).restart, lock: true, data: true},
+		"reload":             {run: (*Node).reload, data: true},
+		"reinit":             {run: (*Node).reinit, lock: true, data: true},
+		"upgrade-postgres":   {run: (*Node).upgradePostgres, lock: true, data: true},
+		"db-create":          {run: (*Node).createDatabase, data: true},
+		"user-create":        {run: (*Node).createUser, data: true},
+		"user-passwd":        {run: (*Node).setUserPassword, data: true},
+		"user-drop":          {run: (*Node).dropUser, data: true},
+	}
 }
 
 // Operation is one that runs.
@@ -202,13 +228,12 @@ func (n *Node) runOperation(ctx context.Context, kind string, spec operationSpec
 	}
 	// Why it was cut short says more than where.
 	var refusal *cluster.Error
-	if cause := context.Cause(ctx); cause != nil && !errors.As(err, &refusal) {
-		err = fmt.Errorf("%w: %w", cause, err)
-		if errors.Is(cause, errInterrupted) {
+	if !errors.As(err, &refusal) {
+		if cause := context.Cause(ctx); errors.Is(cause, errInterrupted) {
 			err = cause
+		} else if cause != nil {
+			err = fmt.Errorf("%w: %w", cause, err)
 		}
-	}
-	if refusal == nil {
 		refusal = &cluster.Error{Code: cluster.CodeUnavailable, Message: err.Error()}
 	}
 	o.mu.Lock()
@@ -227,6 +252,11 @@ func (n *Node) lockAndRun(ctx context.Context, cancel context.CancelCauseFunc, s
 			return nil, err
 		}
 		defer unlock()
+	}
+	if spec.save {
+		if err := n.safetySnapshot(ctx, o); err != nil {
+			return nil, err
+		}
 	}
 	return spec.run(n, ctx, o, req)
 }
@@ -253,7 +283,11 @@ func (n *Node) lockOperation(ctx context.Context, lost context.CancelCauseFunc, 
 	release := func() {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), lockTimeout)
 		defer cancel()
-		if _, err := c.Revoke(end, lease.ID); err != nil {
+		c, err := n.etcdClient() // the member may have been started again meanwhile
+		if err == nil {
+			_, err = c.Revoke(end, lease.ID)
+		}
+		if err != nil {
 			n.log.Warn("cannot give the operation's lock back; it ends by itself", "seconds", lockTTL, "err", err)
 		}
 	}
@@ -280,13 +314,35 @@ func (n *Node) lockOperation(ctx context.Context, lost context.CancelCauseFunc, 
 		return nil, noLock(err)
 	}
 	go func() {
-		for range beats { // until it is given back, or lost
-		}
+		n.keepLock(keep, lease.ID, beats)
 		if keep.Err() == nil {
 			lost(errors.New("the operation has lost the cluster's lock, as without a quorum"))
 		}
 	}()
 	return func() { end(); release() }, nil
+}
+
+// keepLock returns when the lock is given back, which ends ctx, or lost.
+func (n *Node) keepLock(ctx context.Context, lease clientv3.LeaseID, beats <-chan *clientv3.LeaseKeepAliveResponse) {
+	for held := time.Now(); ; {
+		for range beats {
+			held = time.Now()
+		}
+		// This node's etcd member may be starting again, in this process: the lock
+		// does not end with it.
+		if time.Since(held) > lockTTL*time.Second || !sleep(ctx, 200*time.Millisecond) {
+			return
+		}
+		beats = nil
+		if c, err := n.etcdClient(); err == nil {
+			beats, _ = c.KeepAlive(ctx, lease) // else again in a moment
+		}
+		if beats == nil {
+			closed := make(chan *clientv3.LeaseKeepAliveResponse)
+			close(closed)
+			beats = closed
+		}
+	}
 }
 
 func noLock(err error) error {

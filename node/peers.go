@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,6 +23,8 @@ const (
 	askTimeout = 1500 * time.Millisecond
 	// seenFresh is how long a peer's answer counts as lately.
 	seenFresh = 5 * time.Second
+	// maxRestClients is how many clients of Patroni's API are kept.
+	maxRestClients = 100
 	// peerBody is the most that is read of a peer's answer, in bytes.
 	peerBody = 4 << 20
 )
@@ -38,10 +41,10 @@ type peers struct {
 func (p *peers) init(n *Node) {
 	p.n, p.last = n, map[string]Report{}
 	p.client = &http.Client{Transport: &http.Transport{
-		// The configuration is asked for at each connection, so renewed
-		// certificates are used at once.
-		TLSClientConfig:     n.certs.ClientConfig(n.isPeer),
-		TLSHandshakeTimeout: askTimeout, MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second,
+		// Certificate and CAs are read at each connection, so new ones are used at
+		// once.
+		DialTLSContext:      n.certs.DialTLS(askTimeout, n.isPeer),
+		MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second,
 		DisableCompression: true,
 	}}
 }
@@ -86,6 +89,9 @@ func (p *peers) ask(ctx context.Context, members []cluster.Member) map[string]Re
 			defer cancel()
 			var r Report
 			if err := p.call(ctx, http.MethodGet, m.APIAddr(), "/v1/node", nil, &r); err != nil {
+				if errors.Is(err, cluster.ErrNoMember) {
+					p.n.doubtful(doubtFor)
+				}
 				return // no answer is the answer
 			}
 			r.At = time.Now()
@@ -136,6 +142,12 @@ func callAPI(ctx context.Context, c *http.Client, method, url string, in, out an
 		return fmt.Errorf("make request: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
+	return doAPI(c, req, out)
+}
+
+// doAPI sends a request and reads the answer as JSON into out, if that is not nil.
+func doAPI(c *http.Client, req *http.Request, out any) error {
+	url := req.URL
 	resp, err := c.Do(req)
 	if err != nil {
 		return err // net/http names the method and the address
@@ -150,7 +162,7 @@ func callAPI(ctx context.Context, c *http.Client, method, url string, in, out an
 		if json.Unmarshal(data, &e) == nil && e.Message != "" {
 			return &e
 		}
-		return fmt.Errorf("%s answered %s", url, resp.Status)
+		return fmt.Errorf("%s %w %s", url, errAnswered, resp.Status)
 	}
 	if out == nil {
 		return nil
@@ -162,7 +174,11 @@ func callAPI(ctx context.Context, c *http.Client, method, url string, in, out an
 }
 
 // renewRemotely has a data node sign this node's requests.
-func (n *Node) renewRemotely(ctx context.Context, w world, csrs map[pki.Role][]byte) (map[pki.Role][]byte, error) {
+func (n *Node) renewRemotely(ctx context.Context, w world, csrs map[pki.Role][]byte) (certs map[pki.Role][]byte, caPEM []byte, err error) {
+	own, err := n.pki.CACert()
+	if err != nil {
+		return nil, nil, err
+	}
 	errs := []error{errors.New("renew certificates: no data node signs")}
 	for _, m := range w.Members {
 		if m.Role != cluster.RoleData {
@@ -172,28 +188,36 @@ func (n *Node) renewRemotely(ctx context.Context, w world, csrs map[pki.Role][]b
 		var resp cluster.RenewResponse
 		err := n.seen.call(ctx, http.MethodPost, m.APIAddr(), "/v1/renew", cluster.RenewRequest{CSRs: csrs}, &resp)
 		cancel()
+		if err == nil && !bytes.Equal(resp.CAPEM, own) {
+			err = errors.New("it signs with another CA than this node expects: it is just changing") // and so is tried again
+		}
 		if err == nil {
-			return resp.Certs, nil
+			return resp.Certs, resp.CAPEM, nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", m.Name, err))
 	}
-	return nil, errors.Join(errs...)
+	return nil, nil, errors.Join(errs...)
 }
 
 // restClient speaks to a member's Patroni as this node. Clients are kept, and
 // with them their connections.
 func (n *Node) restClient(w world, addr netip.Addr, port uint16) *patroni.Client {
 	user, password := "", "" // reading needs the certificate only
+	var former []string
 	if w.Secrets != nil {
-		user, password = cluster.PatroniRESTUser, w.Secrets.PatroniREST
+		user, password, former = cluster.PatroniRESTUser, w.Secrets.PatroniREST, w.Secrets.FormerPasswords()
 	}
 	url := "https://" + hostPort(addr, port)
-	key := [3]string{url, user, password}
+	// Another client for other passwords and other CAs.
+	key := [3]string{url, user, strings.Join(append(former, password), " ") + string(n.certs.Trust())}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	c, ok := n.rest[key]
 	if !ok {
-		c = patroni.NewClient(url, n.certs.ClientConfig(nil), user, password)
+		if len(n.rest) > maxRestClients { // of passwords and CAs that are no more
+			clear(n.rest)
+		}
+		c = patroni.NewClient(url, n.certs.ClientConfig(nil), user, password, former...)
 		n.rest[key] = c
 	}
 	return c

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +15,7 @@ import (
 
 	"pgha/cluster"
 	"pgha/gate"
+	"pgha/internal/procstat"
 	"pgha/patroni"
 	"pgha/postgres"
 	"pgha/supervisor"
@@ -43,7 +42,8 @@ type reactor struct {
 	watcher *postgres.Watcher
 	gate    *gate.Gate
 
-	hold atomic.Bool // Patroni has to wait for disk space
+	// Patroni has to wait: for disk space, for a quorum of etcd.
+	diskHeld, quorumHeld atomic.Bool
 }
 
 // run reacts until ctx ends.
@@ -52,7 +52,8 @@ func (r *reactor) run(ctx context.Context) {
 	wg.Go(func() { r.watchStandbys(ctx) })
 	wg.Go(func() { every(ctx, reactEvery, r.patroniRounds(ctx)) })
 	wg.Go(func() { every(ctx, reactEvery, r.serverRounds(ctx)) })
-	wg.Go(func() { every(ctx, time.Second, r.diskRounds(ctx)) })
+	wg.Go(func() { every(ctx, reactEvery, r.diskRounds(ctx)) })
+	wg.Go(func() { every(ctx, reactEvery, r.quorumRounds(ctx)) })
 	wg.Wait()
 }
 
@@ -157,7 +158,7 @@ func (r *reactor) patroniRounds(ctx context.Context) func() {
 			pid, o.stopped, o.session = st.PID, 0, 0
 		}
 		o.running, o.up = st.State == supervisor.Running && pid != 0, time.Since(st.StartedAt)
-		if o.running && processState(pid) == 'T' {
+		if stat, err := procstat.Read(pid); o.running && err == nil && stat.State == 'T' {
 			// This process may have been stopped too, with the whole host.
 			o.stopped += min(took, 2*reactEvery)
 		} else {
@@ -180,22 +181,6 @@ func (r *reactor) patroniRounds(ctx context.Context) func() {
 	}
 }
 
-// processState is the letter that the kernel gives to what a process does, 0 if
-// there is none.
-func processState(pid int) byte {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
-	}
-	// The second field, the command, may hold spaces and brackets.
-	text := string(data)
-	f := strings.Fields(text[strings.LastIndexByte(text, ')')+1:])
-	if len(f) == 0 {
-		return 0
-	}
-	return f[0][0]
-}
-
 // sessionAge asks etcd how long ago the local Patroni renewed its session, which
 // it does in every round; 0 when that cannot be told.
 func (r *reactor) sessionAge(ctx context.Context) (age, loop time.Duration) {
@@ -215,54 +200,55 @@ func (r *reactor) sessionAge(ctx context.Context) (age, loop time.Duration) {
 	return time.Duration(l.GrantedTTL-l.TTL) * time.Second, time.Duration(seconds * float64(time.Second))
 }
 
-// serverRounds looks after a PostgreSQL that hangs or has crashed.
+// serverRounds looks after a PostgreSQL that has crashed.
 func (r *reactor) serverRounds(ctx context.Context) func() {
-	var (
-		primaryPID         int
-		primaryStarted     uint64
-		down, foreign      time.Duration // since when; 0 = not
-		woken, killedUntil time.Duration
-	)
+	var down, woken time.Duration // when it was last up, and Patroni last woken
 	return func() {
 		now, p, s := monotonic(), r.watcher.Latest(), r.gate.Status()
-		switch p.Kind {
-		case postgres.Primary:
-			primaryPID, primaryStarted = p.PID, p.Started
-		case postgres.Recovery:
-			primaryPID = 0
-		}
-		since := func(start *time.Duration, is bool) time.Duration {
-			switch {
-			case !is:
-				*start = 0
-				return 0
-			case *start == 0:
-				*start = now
-			}
-			return now - *start
+		leads := s.Self && s.Leader == r.n.cfg.Name
+		if !leads || (p.Kind != postgres.Gone && p.Kind != postgres.Recovery) {
+			down = now
 		}
 		o := serverObservation{
-			kind: p.Kind, wasPrimary: primaryPID != 0 && primaryPID == p.PID && primaryStarted == p.Started,
-			self: r.n.cfg.Name, owner: s.Owner, leader: s.Leader,
-			foreign: since(&foreign, s.Owner != "" && !s.Self && s.Leader != "" && s.Leader != r.n.cfg.Name),
-			down:    since(&down, (p.Kind == postgres.Gone || p.Kind == postgres.Recovery) && s.Self && s.Leader == r.n.cfg.Name),
+			kind: p.Kind, self: r.n.cfg.Name, owner: s.Owner, leader: s.Leader, down: now - down,
 			// Patroni is not to be woken while it is kept from starting PostgreSQL.
-			stopping: r.n.leaving.Load() || r.n.stopping.Load() || r.hold.Load(),
+			stopping: r.n.leaving.Load() || r.n.stopping.Load() || r.held() != "",
 			woken:    now - woken,
 		}
-		what, why := decideServer(o)
-		switch {
-		case what == serverWake:
+		if wake, why := decideServer(o); wake {
 			woken = now
 			r.wakePatroni(ctx, why)
-		case what == serverKill && now >= killedUntil:
-			r.n.log.Warn("killing PostgreSQL", "why", why)
-			kill, cancel := context.WithTimeout(ctx, 10*time.Second)
-			err := postgres.Kill(kill, r.n.cfg.Postgres.DataDir)
-			cancel()
-			killedUntil = monotonic() + 10*time.Second
-			r.n.partProblem(ctx, "demotion", err)
 		}
+	}
+}
+
+// quorumRounds keeps Patroni from demoting a primary that all members leave
+// alone while etcd has no quorum.
+func (r *reactor) quorumRounds(ctx context.Context) func() {
+	return func() {
+		s, v := r.gate.Status(), r.n.snapshot().View
+		retry, _ := v.Config["retry_timeout"].(float64)
+		o := quorumObservation{
+			held: r.quorumHeld.Load(), quorum: s.Quorum, agreed: s.Agreed, paused: v.Paused,
+			primary: s.Self && s.State == gate.Open && r.watcher.Latest().Kind == postgres.Primary,
+			lost:    s.Lost, retry: time.Duration(retry * float64(time.Second)),
+		}
+		hold, why := decideWithoutQuorum(o)
+		if hold == o.held || ctx.Err() != nil || r.n.stopping.Load() || r.n.leaving.Load() {
+			return
+		}
+		r.quorumHeld.Store(hold)
+		var err error
+		if hold {
+			r.n.log.Warn("Patroni is held; PostgreSQL goes on", "why", why)
+			stop, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			err = r.n.patroni.StopBy(stop, syscall.SIGKILL)
+		} else {
+			r.n.log.Info("Patroni goes on", "why", why)
+		}
+		r.n.partProblem(ctx, "patroni hold", err)
+		r.n.wake()
 	}
 }
 
@@ -271,12 +257,13 @@ func (r *reactor) serverRounds(ctx context.Context) func() {
 func (r *reactor) diskRounds(ctx context.Context) func() {
 	up := monotonic()            // when PostgreSQL last answered
 	switched := up - switchAgain // when the primary was last handed over
+	var ends diskEnds
 	return func() {
 		p, s, now := r.watcher.Latest(), r.gate.Status(), monotonic()
 		if p.Kind == postgres.Primary || p.Kind == postgres.Recovery || p.Kind == postgres.Hung {
 			up = now
 		}
-		r.holdBack(ctx, holdObservation{held: r.hold.Load(), kind: p.Kind, down: now - up, free: p.DiskFree, total: p.DiskTotal})
+		r.holdBack(ctx, holdObservation{held: r.diskHeld.Load(), kind: p.Kind, down: now - up, ends: ends.see(p, now), free: p.DiskFree, total: p.DiskTotal})
 
 		w := r.n.snapshot()
 		o := diskObservation{
@@ -334,7 +321,7 @@ func (r *reactor) holdBack(ctx context.Context, o holdObservation) {
 	if hold == o.held || ctx.Err() != nil || r.n.stopping.Load() || r.n.leaving.Load() {
 		return
 	}
-	r.hold.Store(hold)
+	r.diskHeld.Store(hold)
 	var err error
 	if hold {
 		err = errors.New(why)
@@ -346,12 +333,17 @@ func (r *reactor) holdBack(ctx context.Context, o holdObservation) {
 	r.n.wake()
 }
 
-// held says why Patroni has to wait for disk space, or "".
+// held says why Patroni has to wait, or "".
 func (r *reactor) held() string {
-	if r == nil || !r.hold.Load() {
-		return ""
+	switch {
+	case r == nil:
+	case r.diskHeld.Load():
+		p := r.watcher.Latest()
+		_, why := decideHold(holdObservation{held: true, free: p.DiskFree, total: p.DiskTotal})
+		return why
+	case r.quorumHeld.Load():
+		_, why := decideWithoutQuorum(quorumObservation{held: true})
+		return why + ", and PostgreSQL goes on without Patroni"
 	}
-	p := r.watcher.Latest()
-	_, why := decideHold(holdObservation{held: true, free: p.DiskFree, total: p.DiskTotal})
-	return why
+	return ""
 }

@@ -129,11 +129,6 @@ func TestDecidePatroni(t *testing.T) {
 }
 
 func TestDecideServer(t *testing.T) {
-	hung := func(change func(*serverObservation)) serverObservation {
-		o := serverObservation{kind: postgres.Hung, wasPrimary: true, self: "n1", owner: "n2", leader: "n2", foreign: demoteAfter, woken: time.Hour}
-		change(&o)
-		return o
-	}
 	gone := func(change func(*serverObservation)) serverObservation {
 		o := serverObservation{kind: postgres.Gone, self: "n1", owner: "n1", leader: "n1", down: recoverAfter, woken: time.Hour}
 		change(&o)
@@ -142,26 +137,51 @@ func TestDecideServer(t *testing.T) {
 	for _, tc := range []struct {
 		name string
 		o    serverObservation
-		want serverAction
+		want bool
 	}{
-		{"an old primary hangs", hung(func(*serverObservation) {}), serverKill},
-		{"the old primary answers", hung(func(o *serverObservation) { o.kind = postgres.Primary }), serverLeave},
-		{"a replica hangs", hung(func(o *serverObservation) { o.wasPrimary = false }), serverLeave},
-		{"Patroni still has its time", hung(func(o *serverObservation) { o.foreign = time.Second }), serverLeave},
-		{"the owner hangs", hung(func(o *serverObservation) { o.owner, o.leader, o.foreign = "n1", "n1", 0 }), serverLeave},
-		{"crashed, and nobody has taken over", gone(func(*serverObservation) {}), serverWake},
-		{"started again, and not promoted", gone(func(o *serverObservation) { o.kind = postgres.Recovery }), serverWake},
-		{"started again", gone(func(o *serverObservation) { o.kind = postgres.Primary }), serverLeave},
-		{"just crashed", gone(func(o *serverObservation) { o.down = 900 * ms }), serverLeave},
-		{"crashed, and another has taken over", gone(func(o *serverObservation) { o.owner = "n2" }), serverLeave},
-		{"crashed, and another has the leader key", gone(func(o *serverObservation) { o.leader = "n2" }), serverLeave},
-		{"Patroni was woken", gone(func(o *serverObservation) { o.woken = 0 }), serverLeave},
-		{"stopped on purpose", gone(func(o *serverObservation) { o.stopping = true }), serverLeave},
-		{"hangs while it is stopped on purpose", hung(func(o *serverObservation) { o.stopping = true }), serverLeave},
+		{"crashed, and nobody has taken over", gone(func(*serverObservation) {}), true},
+		{"started again, and not promoted", gone(func(o *serverObservation) { o.kind = postgres.Recovery }), true},
+		{"started again", gone(func(o *serverObservation) { o.kind = postgres.Primary }), false},
+		{"just crashed", gone(func(o *serverObservation) { o.down = 900 * ms }), false},
+		{"crashed, and another has taken over", gone(func(o *serverObservation) { o.owner = "n2" }), false},
+		{"crashed, and another has the leader key", gone(func(o *serverObservation) { o.leader = "n2" }), false},
+		{"Patroni was woken", gone(func(o *serverObservation) { o.woken = 0 }), false},
+		{"stopped on purpose", gone(func(o *serverObservation) { o.stopping = true }), false},
+		{"hangs", gone(func(o *serverObservation) { o.kind = postgres.Hung }), false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if got, why := decideServer(tc.o); got != tc.want || got != serverLeave && why == "" {
-				t.Errorf("%q, %q, want %q", got, why, tc.want)
+			if got, why := decideServer(tc.o); got != tc.want || got && why == "" {
+				t.Errorf("%v, %q, want %v", got, why, tc.want)
+			}
+		})
+	}
+}
+
+func TestDecideWithoutQuorum(t *testing.T) {
+	lost := func(change func(*quorumObservation)) quorumObservation {
+		o := quorumObservation{primary: true, agreed: true, lost: 10 * time.Second, retry: 20 * time.Second}
+		change(&o)
+		return o
+	}
+	for _, tc := range []struct {
+		name string
+		o    quorumObservation
+		want bool
+	}{
+		{"lost for half of what Patroni tries", lost(func(*quorumObservation) {}), true},
+		{"lost for less", lost(func(o *quorumObservation) { o.lost-- }), false},
+		{"a quorum", lost(func(o *quorumObservation) { o.quorum, o.lost = true, 0 }), false},
+		{"a replica, or a gate that is shut", lost(func(o *quorumObservation) { o.primary = false }), false},
+		{"not everybody agrees", lost(func(o *quorumObservation) { o.agreed = false }), false},
+		{"paused", lost(func(o *quorumObservation) { o.paused = true }), false},
+		{"an unknown time", lost(func(o *quorumObservation) { o.retry = 0 }), false},
+		{"held", quorumObservation{held: true}, true},
+		{"held, and agreed no more", quorumObservation{held: true, primary: true, lost: time.Hour, retry: 20 * time.Second}, true},
+		{"held, and a quorum", quorumObservation{held: true, quorum: true}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got, why := decideWithoutQuorum(tc.o); got != tc.want || why == "" {
+				t.Errorf("%v, %q, want %v", got, why, tc.want)
 			}
 		})
 	}
@@ -219,6 +239,10 @@ func TestDecideHold(t *testing.T) {
 		want bool
 	}{
 		{"ended for want of room", holdObservation{kind: postgres.Gone, down: holdAfter, free: diskHold - 1, total: total}, true},
+		{"has ended for want of room twice", holdObservation{kind: postgres.Gone, ends: holdEnds, free: diskHold - 1, total: total}, true},
+		{"has ended once", holdObservation{kind: postgres.Gone, ends: holdEnds - 1, free: 0, total: total}, false},
+		{"has ended twice, and there is room now", holdObservation{kind: postgres.Gone, ends: holdEnds, free: diskHold, total: total}, false},
+		{"has ended twice, and is a replica for a moment", holdObservation{kind: postgres.Recovery, ends: holdEnds, free: 0, total: total}, false},
 		{"runs", holdObservation{kind: postgres.Primary, free: 0, total: total}, false},
 		{"starts", holdObservation{kind: postgres.Starting, down: time.Hour, free: 0, total: total}, false},
 		{"just ended", holdObservation{kind: postgres.Gone, down: holdAfter - 1, free: 0, total: total}, false},
@@ -234,6 +258,32 @@ func TestDecideHold(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDiskEnds: what counts is a server that is seen to have ended with too
+// little room.
+func TestDiskEnds(t *testing.T) {
+	var e diskEnds
+	now := time.Hour
+	see := func(kind postgres.Kind, free uint64, total uint64, want int, what string) {
+		t.Helper()
+		now += time.Second
+		if got := e.see(postgres.Probe{Kind: kind, DiskFree: free, DiskTotal: total}, now); got != want {
+			t.Errorf("%s: %d, want %d", what, got, want)
+		}
+	}
+	see(postgres.Gone, 0, 1<<30, 0, "gone when it was first looked at")
+	see(postgres.Recovery, 0, 1<<30, 0, "runs")
+	see(postgres.Gone, diskHold-1, 1<<30, 1, "has ended")
+	see(postgres.Gone, diskHold-1, 1<<30, 1, "is still gone")
+	see(postgres.Starting, 0, 1<<30, 1, "is started")
+	see(postgres.Gone, diskHold, 1<<30, 1, "has ended with room")
+	see(postgres.Recovery, 0, 1<<30, 1, "runs")
+	see(postgres.Gone, 0, 0, 1, "has ended, and the disk cannot be seen")
+	see(postgres.Unknown, 0, 1<<30, 1, "is not known")
+	see(postgres.Gone, 0, 1<<30, 2, "has ended again")
+	now += holdWindow - 6*time.Second
+	see(postgres.Gone, 0, 1<<30, 1, "the first is long ago")
 }
 
 func TestProfiles(t *testing.T) {
@@ -279,18 +329,5 @@ func TestTimersOK(t *testing.T) {
 				t.Errorf("%v, want %q", err, tc.want)
 			}
 		})
-	}
-}
-
-func TestChangeSetting(t *testing.T) {
-	was := cluster.Settings{Profile: "fast", Async: true}
-	got, err := changeSetting(was, ConfigChange{Key: "profile", Value: "wide"})
-	if err != nil || got.Profile != "wide" || !got.Async || was.Profile != "fast" {
-		t.Errorf("%+v, %v", got, err)
-	}
-	for _, c := range []ConfigChange{{Key: "profile", Value: "slow"}, {Key: "profile"}, {Key: "profil", Value: "fast"}, {}} {
-		if _, err := changeSetting(was, c); err == nil || !strings.Contains(err.Error(), "use one of") {
-			t.Errorf("%+v: %v", c, err)
-		}
 	}
 }

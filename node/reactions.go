@@ -2,6 +2,7 @@ package node
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"pgha/postgres"
@@ -167,51 +168,68 @@ func decidePatroni(o patroniObservation) (bool, string) {
 	return true, fmt.Sprintf("it has not renewed its session for %s, with rounds of %s", o.session, o.loop)
 }
 
-const (
-	// demoteAfter is how long Patroni is given to demote a PostgreSQL that hangs.
-	demoteAfter = 3 * time.Second
-	// recoverAfter is how long a crashed PostgreSQL is left to a successor.
-	recoverAfter = time.Second
-)
+// recoverAfter is how long a crashed PostgreSQL is left to a successor.
+const recoverAfter = time.Second
 
 // serverObservation is what decideServer looks at.
 type serverObservation struct {
-	kind       postgres.Kind
-	wasPrimary bool          // what it last answered, as the same server, was that it takes writes
-	self       string        // this node
-	owner      string        // of the gate; "" = unknown
-	leader     string        // by Patroni's key; "" = nobody
-	foreign    time.Duration // for how long another node has been the owner and the leader
-	down       time.Duration // for how long it has been gone, or no primary, on the owner with the leader key
-	stopping   bool          // it is being stopped, or restarted, on purpose
-	woken      time.Duration // since Patroni was last woken for it
+	kind     postgres.Kind
+	self     string        // this node
+	owner    string        // of the gate; "" = unknown
+	leader   string        // by Patroni's key; "" = nobody
+	down     time.Duration // for how long it has been gone, or no primary, on the owner with the leader key
+	stopping bool          // it is being stopped, or restarted, on purpose
+	woken    time.Duration // since Patroni was last woken for it
 }
 
-type serverAction string
-
-const (
-	serverLeave serverAction = ""
-	serverKill  serverAction = "kill PostgreSQL"
-	serverWake  serverAction = "wake Patroni"
-)
-
-// decideServer says what to do about a PostgreSQL that hangs or has crashed. One
-// that hangs hears neither its Patroni nor a signal to stop. One that has crashed
-// is started again by Patroni, which need not wait for its next round once no
+// decideServer says whether Patroni is to be woken because PostgreSQL has
+// crashed: it starts it again, and need not wait for its next round once no
 // successor has come.
-func decideServer(o serverObservation) (serverAction, string) {
+func decideServer(o serverObservation) (bool, string) {
 	switch {
-	case o.stopping:
-		return serverLeave, "on purpose"
-	case o.kind == postgres.Hung && o.wasPrimary && o.foreign >= demoteAfter:
-		return serverKill, fmt.Sprintf("%s has been the primary for %s and the old one here hangs", o.owner, o.foreign.Round(time.Second))
-	case o.owner != o.self || o.leader != o.self || o.down < recoverAfter || o.woken < wakeAgain:
+	case o.stopping || o.owner != o.self || o.leader != o.self || o.down < recoverAfter || o.woken < wakeAgain:
 	case o.kind == postgres.Gone:
-		return serverWake, "PostgreSQL has crashed and nobody has taken over"
+		return true, "PostgreSQL has crashed and nobody has taken over"
 	case o.kind == postgres.Recovery:
-		return serverWake, "PostgreSQL runs and is not promoted yet"
+		return true, "PostgreSQL runs and is not promoted yet"
 	}
-	return serverLeave, ""
+	return false, ""
+}
+
+// quorumObservation is what decideWithoutQuorum looks at.
+type quorumObservation struct {
+	held    bool          // Patroni is held already
+	quorum  bool          // the gate's last transaction went through
+	primary bool          // this node owns the gate, which is open, and PostgreSQL takes writes
+	agreed  bool          // all other members keep off
+	paused  bool          // Patroni is paused, and would not demote
+	lost    time.Duration // for how long no transaction has gone through
+	retry   time.Duration // Patroni's retry_timeout; 0 = unknown
+}
+
+// decideWithoutQuorum says whether Patroni has to stand still because etcd has
+// no quorum: after retry_timeout it would demote a primary that all other
+// members leave alone. The gate is the fence, and needs no Patroni to shut. Once
+// Patroni stands still it does so until there is a quorum: without one it could
+// do nothing but wait.
+func decideWithoutQuorum(o quorumObservation) (bool, string) {
+	switch {
+	case o.quorum:
+		return false, "etcd has a quorum"
+	case o.held:
+		return true, "waiting for a quorum of etcd"
+	case !o.primary:
+		return false, "there is no primary here to keep"
+	case o.paused:
+		return false, "Patroni is paused"
+	case !o.agreed:
+		return false, "not everybody agrees to keep off"
+	case o.retry == 0:
+		return false, "it is not known for how long Patroni tries"
+	case o.lost < o.retry/2:
+		return false, "Patroni tries on"
+	}
+	return true, "waiting for a quorum of etcd, which has been lost for " + o.lost.Round(time.Second).String()
 }
 
 const (
@@ -223,8 +241,13 @@ const (
 	// there is diskGo.
 	diskHold = 2 * walFile
 	diskGo   = 4 * walFile
-	// holdAfter is how long a server must have been down for want of disk.
-	holdAfter = 10 * time.Second
+	// holdAfter is how long a server must have been down for want of disk, or
+	// holdEnds how often it must have ended for that within holdWindow: one that is
+	// started anew may get as far as a replica each time, and ends with its
+	// promotion.
+	holdAfter  = 10 * time.Second
+	holdEnds   = 2
+	holdWindow = time.Minute
 )
 
 // lowWAL is below how many bytes a file system of total bytes has too little
@@ -286,6 +309,7 @@ type holdObservation struct {
 	held        bool
 	kind        postgres.Kind
 	down        time.Duration // since PostgreSQL last answered as primary or replica
+	ends        int           // how often it has ended within holdWindow with less than diskHold left
 	free, total uint64
 }
 
@@ -298,8 +322,24 @@ func decideHold(o holdObservation) (bool, string) {
 		return o.held, why // unknown: as before
 	case o.held:
 		return o.free < diskGo, why
-	case o.kind == postgres.Gone && o.down >= holdAfter && o.free < diskHold:
+	case o.kind == postgres.Gone && o.free < diskHold && (o.down >= holdAfter || o.ends >= holdEnds):
 		return true, why
 	}
 	return false, ""
+}
+
+// diskEnds counts how often a server has ended for want of disk.
+type diskEnds struct {
+	was postgres.Kind
+	at  []time.Duration
+}
+
+// see takes a probe, and returns how often it was within holdWindow.
+func (e *diskEnds) see(p postgres.Probe, now time.Duration) int {
+	if p.Kind == postgres.Gone && e.was != postgres.Gone && e.was != "" && p.DiskTotal > 0 && p.DiskFree < diskHold {
+		e.at = append(e.at, now)
+	}
+	e.was = p.Kind
+	e.at = slices.DeleteFunc(e.at, func(at time.Duration) bool { return now-at > holdWindow })
+	return len(e.at)
 }

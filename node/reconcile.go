@@ -50,21 +50,32 @@ func (n *Node) reconcileLoop(ctx context.Context) error {
 // reconcile does one round. A part that fails is a problem in status and is
 // tried again in the next round; it never keeps the other parts from theirs.
 func (n *Node) reconcile(ctx context.Context) {
+	if n.removal.Load() != nil || n.isBarred() != nil {
+		n.applyFirewall(ctx)
+		return // nothing is served here any more
+	}
 	w, err := n.observe(ctx)
 	n.observed(err)
 	if len(w.Members) == 0 {
 		return // nothing known yet: leave the host as it is
 	}
 	n.applyFirewall(ctx)
+	n.partProblem(ctx, "generation", n.follow(ctx, w))
+	n.partProblem(ctx, "CA", n.followCA(w))
 	n.partProblem(ctx, "certificates", n.renewCertificates(ctx, w))
 	if n.cfg.Role != cluster.RoleData {
 		if err == nil {
 			n.setWaiting("")
 		}
+		n.partProblem(ctx, "rotation", n.confirm(ctx, w))
 		return
 	}
-	n.partProblem(ctx, "patroni configuration", n.reconcilePatroni(ctx, w))
-	n.partProblem(ctx, "haproxy configuration", n.reconcileHAProxy(ctx, w))
+	patroniErr, haproxyErr := n.reconcilePatroni(ctx, w), n.reconcileHAProxy(ctx, w)
+	n.partProblem(ctx, "patroni configuration", patroniErr)
+	n.partProblem(ctx, "haproxy configuration", haproxyErr)
+	if patroniErr == nil && haproxyErr == nil {
+		n.partProblem(ctx, "rotation", n.confirm(ctx, w))
+	}
 	n.partProblem(ctx, "gate", n.keeper.reconcile(ctx, w))
 	n.told.children(n)
 }
@@ -94,7 +105,10 @@ func (n *Node) observe(ctx context.Context) (world, error) {
 		if err != nil {
 			return err
 		}
-		settings, _, err := store.Settings(ctx)
+		if w.Former, err = store.Former(ctx); err != nil {
+			return err
+		}
+		settings, rev, err := store.Settings(ctx)
 		if err != nil {
 			return err
 		}
@@ -106,8 +120,14 @@ func (n *Node) observe(ctx context.Context) (world, error) {
 		for _, t := range tokens {
 			w.JoinOpen = w.JoinOpen || t.State == cluster.TokenValid
 		}
-		w.Members, w.Settings = members, settings
+		w.Members, w.Settings, w.SettingsRev = members, settings, rev
+		if w.Planned, err = n.plannedSwitchover(ctx); err != nil {
+			return err
+		}
 		if err := n.readSecrets(ctx, store, &w); err != nil {
+			return err
+		}
+		if err := n.readRotations(ctx, store, &w); err != nil {
 			return err
 		}
 		got, err := srv.Client().Get(ctx, patroni.Prefix(n.cfg.Cluster), clientv3.WithPrefix(), clientv3.WithSerializable())
@@ -243,6 +263,7 @@ func (n *Node) firewallPolicy(w world) firewall.Policy {
 			Stats: n.cfg.Ports.Stats, Health: n.cfg.Ports.Health, API: n.cfg.Ports.API,
 		},
 		Clients: w.Settings.ClientNets, Probes: w.Settings.ProbeAddrs, JoinOpen: w.JoinOpen,
+		Former: formerAddrs(w),
 	}
 	if n.cfg.Role == cluster.RoleWitness {
 		// A witness uses two ports; what else listens there is the host's own.

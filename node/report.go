@@ -26,13 +26,20 @@ type Report struct {
 	Version  string           `json:"version"`
 	PID      int              `json:"pid"` // of the daemon
 	At       time.Time        `json:"at"`
+	Started  time.Time        `json:"started"` // of the daemon's program, in this process
+	Upgrade  *UpgradeReport   `json:"upgrade,omitempty"`
 	Waiting  string           `json:"waiting,omitempty"`
 	Problems []string         `json:"problems,omitempty"`
 	Etcd     EtcdReport       `json:"etcd"`
 	Postgres PostgresReport   `json:"postgres,omitzero"`
 	Children []ChildReport    `json:"children,omitempty"`
 	Certs    []CertReport     `json:"certificates"`
-	Gate     *GateReport      `json:"gate,omitempty"` // of a data node
+	Trusted  []CAReport       `json:"trusted_cas,omitempty"` // the one that signs first
+	// Unconfirmed is what the node still has to do for a rotation; "" for nothing.
+	Unconfirmed string      `json:"unconfirmed,omitempty"`
+	Gate        *GateReport `json:"gate,omitempty"` // of a data node
+	// RestartPending are the parts that packages have replaced on disk.
+	RestartPending []PendingRestart `json:"restart_pending,omitempty"`
 }
 
 // EtcdReport is the state of a node's etcd member. Indexes are raft's.
@@ -54,6 +61,7 @@ type PostgresReport struct {
 	Timeline       int    `json:"timeline"`
 	LSN            uint64 `json:"lsn"` // written by a primary, received by a replica
 	PendingRestart bool   `json:"pending_restart"`
+	Postmaster     int    `json:"postmaster,omitempty"` // process id
 	// DiskFree and DiskTotal are of the file system of its WAL, in bytes; 0 when
 	// not known.
 	DiskFree  uint64 `json:"disk_free,omitempty"`
@@ -71,21 +79,17 @@ type ChildReport struct {
 	Adopted  bool      `json:"adopted"`
 }
 
-// CertReport says when a certificate ends.
-type CertReport struct {
-	Role     pki.Role  `json:"role"`
-	NotAfter time.Time `json:"not_after"`
-}
-
 // report gathers what this node knows of itself. It needs no quorum and no
 // peer, and ends within a second or two whatever hangs.
 func (n *Node) report(ctx context.Context) Report {
 	n.mu.Lock()
-	r := Report{Name: n.cfg.Name, Role: n.cfg.Role, Version: Version, PID: os.Getpid(), At: time.Now(), Waiting: n.waiting, Etcd: EtcdReport{State: n.etcdState}}
+	r := Report{Name: n.cfg.Name, Role: n.cfg.Role, Version: Version, PID: os.Getpid(), At: time.Now(), Started: n.started, Upgrade: n.image.report(), Waiting: n.waiting, Etcd: EtcdReport{State: n.etcdState}}
 	for _, part := range slices.Sorted(maps.Keys(n.problems)) {
 		r.Problems = append(r.Problems, part+": "+n.problems[part])
 	}
+	r.Unconfirmed = n.rotation.why
 	n.mu.Unlock()
+	r.Trusted = n.trusted()
 	r.Problems = append(r.Problems, n.diskProblems()...)
 	if srv := n.etcd.Load(); srv != nil {
 		if st, err := srv.Status(ctx); err == nil {
@@ -97,7 +101,7 @@ func (n *Node) report(ctx context.Context) Report {
 	}
 	for _, role := range n.cfg.Role.Roles() {
 		if b, err := n.pki.Bundle(role); err == nil {
-			r.Certs = append(r.Certs, CertReport{Role: role, NotAfter: b.Leaf.NotAfter})
+			r.Certs = append(r.Certs, certReport(role, b))
 			if left := time.Until(b.Leaf.NotAfter); left < pki.LeafLifetime/6 {
 				r.Problems = append(r.Problems, fmt.Sprintf("certificate %s ends in %s and was not renewed", role, left.Round(time.Hour)))
 			}
@@ -115,6 +119,7 @@ func (n *Node) report(ctx context.Context) Report {
 			r.Problems = append(r.Problems, fmt.Sprintf("%s does not stay up: %s", st.Name, st.Reason))
 		}
 	}
+	r.RestartPending = n.pendingRestarts(ctx)
 	r.Postgres = n.postgresReport(ctx, n.cfg.Address, n.cfg.Ports.Patroni)
 	if n.keeper != nil { // not before the daemon runs
 		r.Postgres = r.Postgres.seen(n.keeper.watcher.Latest())
@@ -130,6 +135,9 @@ const noPatroni = "patroni does not answer"
 // seen adds what this node sees of its PostgreSQL itself.
 func (r PostgresReport) seen(p postgres.Probe) PostgresReport {
 	r.DiskFree, r.DiskTotal = p.DiskFree, p.DiskTotal
+	if p.Kind == postgres.Primary || p.Kind == postgres.Recovery {
+		r.Postmaster = p.PID
+	}
 	if r.State != noPatroni {
 		return r
 	}
@@ -191,6 +199,12 @@ const staleView = 10 * time.Second
 
 // status asks every member for its report and judges the whole.
 func (n *Node) status(ctx context.Context) Status {
+	if r := n.removal.Load(); r != nil {
+		return n.removedStatus(*r)
+	}
+	if b := n.isBarred(); b != nil {
+		return n.barredStatus(*b)
+	}
 	w := n.snapshot()
 	reports := n.seen.ask(ctx, w.Members)
 	self := n.report(ctx)
@@ -209,14 +223,18 @@ func (n *Node) status(ctx context.Context) Status {
 	for _, m := range w.Members {
 		o.members = append(o.members, memberStatus(m, w.View, etcd, o.leader, reports))
 	}
-	o.problems = ghosts(w.Members, etcd.Members)
+	o.problems = append(maintenanceToDo(w.Members, time.Now()), ghosts(w.Members, etcd.Members)...)
 	if !o.viewed {
 		o.problems = append(o.problems, self.Problems...)
 	}
 	v := assess(o)
 	s.Members, s.Leader = o.members, o.leader
-	s.Health, s.Promise, s.Survives, s.Verdict, s.ToDo = v.health, v.promise, v.survives, v.text, v.todo
-	s.Problems = self.Problems
+	s.Health, s.Promise, s.Survives, s.Verdict, s.ToDo = v.health, v.promise, v.survives, v.text, append(v.todo, waitingRestarts(o.members)...)
+	s.Problems, s.Paused, s.Planned = self.Problems, w.View.Paused, w.Planned
+	s.ToDo = append(s.ToDo, caToDo(w)...)
+	if !hasMajority(o) {
+		s.ToDo = append(s.ToDo, n.advice(w.Members, reports)...)
+	}
 	if s.Gate = gateStatus(reports); s.Gate != nil {
 		s.Gate.Failovers = n.failovers(ctx, 5)
 	}
@@ -283,10 +301,11 @@ func memberStatus(m cluster.Member, v patroni.ClusterView, etcd embedded.Status,
 		}
 		return s
 	}
-	s.Reachable, s.Version, s.Waiting, s.Problems = true, r.Version, r.Waiting, r.Problems
+	s.Reachable, s.Version, s.Waiting, s.Problems, s.Upgrade = true, r.Version, r.Waiting, r.Problems, r.Upgrade
 	if m.Role == cluster.RoleData {
 		s.PostgresPort = m.Ports.Postgres
 		s.Postgres, s.State = r.Postgres.Role, r.Postgres.State
+		s.RestartPending, s.SettingsPending = r.RestartPending, r.Postgres.PendingRestart
 		if r.Postgres.Timeline != 0 {
 			s.Timeline, s.LSN = r.Postgres.Timeline, r.Postgres.LSN
 		}

@@ -12,6 +12,10 @@ import (
 	"pgha/supervisor"
 )
 
+// routeEvery is how often HAProxy is told that the owner serves: before a second
+// check of a Patroni that is away can fail.
+const routeEvery = 250 * time.Millisecond
+
 // router leads HAProxy to the gate's owner as soon as this node knows of it.
 // HAProxy's own checks are the safety net: they find the same a little later,
 // and go on when the daemon is away.
@@ -51,7 +55,7 @@ func (r *router) wake() {
 
 // loop follows the target, and tries again what HAProxy could not be told.
 func (r *router) loop(ctx context.Context) error {
-	t := time.NewTicker(time.Second)
+	t := time.NewTicker(routeEvery)
 	defer t.Stop()
 	for {
 		select {
@@ -82,11 +86,12 @@ func (r *router) loop(ctx context.Context) error {
 	}
 }
 
-// serves says whether the owner has committed just now, as this node sees it:
-// then it takes writes, whatever Patroni answers.
+// serves says whether the owner has committed just now, as this node sees it, or
+// has asked just now to be left alone without a quorum: then it takes writes,
+// whatever Patroni answers.
 func (r *router) serves() bool {
 	s := r.n.keeper.gate.Status()
-	return s.Quorum && s.State == gate.Open && s.Silent < s.Promise/2
+	return s.State == gate.Open && (s.Quorum && s.Silent < s.Promise/2 || s.Agreed || s.KeptOff)
 }
 
 // follow tells HAProxy: the sessions to everybody but the owner end, and no new

@@ -231,9 +231,13 @@ func (j *Joining) Finish(resp cluster.JoinResponse) (State, error) {
 		return s, err
 	}
 	dir := pkiDir(j.paths, own)
+	ca, err := pki.Signer(resp.CAPEM)
+	if err != nil {
+		return s, err
+	}
 	errs := []error{dir.WriteCA(resp.CAPEM), j.cfg.Save(j.paths.Config())}
 	for role, key := range j.keys {
-		errs = append(errs, dir.WriteBundle(role, pki.Bundle{KeyPEM: key, CertPEM: resp.Certs[role], CAPEM: resp.CAPEM}))
+		errs = append(errs, dir.WriteBundle(role, pki.Bundle{KeyPEM: key, CertPEM: resp.Certs[role], CAPEM: ca}))
 	}
 	errs = append(errs, fsx.WriteJSON(j.paths.roster(), cache{Members: resp.Members, Settings: resp.Settings}, 0o600))
 	if err := errors.Join(errs...); err != nil {

@@ -52,6 +52,8 @@ type State struct {
 	Settings *cluster.Settings `json:"settings,omitempty"`
 	// SANs are names of the load balancer given on this node.
 	SANs []string `json:"sans,omitempty"`
+	// Removed is set once this node knows that it is no member any more.
+	Removed *Removal `json:"removed,omitempty"`
 }
 
 // ErrNoNode says that this host is not a node of any cluster.

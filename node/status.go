@@ -59,6 +59,9 @@ type Status struct {
 	Waiting   string         `json:"waiting,omitempty"` // what this node's start waits for
 	Problems  []string       `json:"problems,omitempty"`
 	Gate      *GateStatus    `json:"gate,omitempty"`
+	Paused    bool           `json:"paused,omitempty"` // automatic failover is off
+	// Planned is a switchover that is to come.
+	Planned *PlannedSwitchover `json:"planned_switchover,omitempty"`
 }
 
 // Promise says what happens to acknowledged commits when a node is lost.
@@ -87,8 +90,14 @@ type MemberStatus struct {
 	EtcdLeader   bool      `json:"etcd_leader,omitempty"`
 	CertExpires  time.Time `json:"cert_expires,omitzero"`
 	Version      string    `json:"version,omitempty"`
-	Waiting      string    `json:"waiting,omitempty"`
-	Problems     []string  `json:"problems,omitempty"`
+	// Upgrade is a new version on trial, or the last one that has failed.
+	Upgrade  *UpgradeReport `json:"upgrade,omitempty"`
+	Waiting  string         `json:"waiting,omitempty"`
+	Problems []string       `json:"problems,omitempty"`
+	// RestartPending are the parts that packages have replaced on disk, and
+	// SettingsPending says that changed settings wait for a restart of PostgreSQL.
+	RestartPending  []PendingRestart `json:"restart_pending,omitempty"`
+	SettingsPending bool             `json:"settings_pending,omitempty"`
 	// Maintenance is set while the node is in maintenance.
 	Maintenance *cluster.Maintenance `json:"maintenance,omitempty"`
 }
@@ -233,6 +242,8 @@ func noSuccessor(o observation) string {
 			why = append(why, m.Name+" does not answer")
 		case m.Postgres != pgReplica:
 			why = append(why, m.Name+" is not a running replica"+paren(m.State))
+		case m.Maintenance != nil:
+			why = append(why, m.Name+" is in maintenance")
 		case m.NoFailover:
 			why = append(why, m.Name+" is tagged nofailover")
 		case o.paused:
@@ -301,7 +312,7 @@ func todo(o observation, voters int) []string {
 		if m.Reachable && m.Role == cluster.RoleData && m.Postgres == "" {
 			out = append(out, fmt.Sprintf("PostgreSQL is not running on %s%s: pgha logs patroni", m.Name, paren(m.State)))
 		}
-		if m.Reachable && !o.async && m.Postgres == pgReplica && !m.Sync && m.Name != o.leader && !anySync(o.members) {
+		if m.Reachable && !o.async && m.Postgres == pgReplica && m.Maintenance == nil && !m.Sync && m.Name != o.leader && !anySync(o.members) {
 			out = append(out, fmt.Sprintf("wait until %s is in sync (lag %s)", m.Name, lagText(m.LagBytes)))
 		}
 		for _, p := range m.Problems {
@@ -318,8 +329,9 @@ func todo(o observation, voters int) []string {
 	case voters%2 == 0:
 		out = append(out, fmt.Sprintf("etcd has %d voters, and the loss of either half stops it: add a member (pgha token create --witness)", voters))
 	}
+	out = append(out, mixedVersions(o.members)...)
 	if o.paused {
-		out = append(out, "automatic failover is paused: resume it when you are done")
+		out = append(out, "automatic failover is paused: pgha resume when you are done")
 	}
 	return append(out, o.problems...)
 }

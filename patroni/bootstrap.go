@@ -112,9 +112,14 @@ func DecideBootstrapRepair(o BootstrapObservation) (BootstrapAction, string) {
 // MoveAside renames dir to a free name beside it and returns that name. The
 // parent must exist; a dir that does not exist is an error that is
 // fs.ErrNotExist.
-func MoveAside(dir string) (string, error) {
+func MoveAside(dir string) (string, error) { return moveAside(dir, ".failed-") }
+
+// SetAside is MoveAside for a directory that was as it should be.
+func SetAside(dir string) (string, error) { return moveAside(dir, ".aside-") }
+
+func moveAside(dir, suffix string) (string, error) {
 	dir = filepath.Clean(dir)
-	base := dir + ".failed-" + time.Now().UTC().Format("20060102T150405")
+	base := dir + suffix + time.Now().UTC().Format("20060102T150405")
 	for i := 0; ; i++ {
 		to := base
 		if i > 0 {

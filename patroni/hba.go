@@ -3,6 +3,7 @@ package patroni
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 )
 
 // Names of the maps in pg_ident.conf.
@@ -59,6 +60,37 @@ func single(a netip.Addr) netip.Prefix {
 	return netip.PrefixFrom(a, a.BitLen())
 }
 
+// rewindFunctions are what pg_rewind calls.
+var rewindFunctions = []string{
+	"pg_ls_dir(text, boolean, boolean)", "pg_stat_file(text, boolean)",
+	"pg_read_binary_file(text)", "pg_read_binary_file(text, bigint, bigint, boolean)",
+}
+
+// RoleDriftSQL returns a query for what differs from [RoleSQL], a text a row.
+// Run it as Superuser: others may not see whether there are passwords.
+func RoleDriftSQL() string {
+	var functions []string
+	for _, f := range rewindFunctions {
+		functions = append(functions, "('pg_catalog."+f+"')")
+	}
+	return fmt.Sprintf(`WITH want (name, replication) AS (VALUES ('%[1]s', true), ('%[2]s', false)),
+role AS (SELECT want.*, a.* FROM want LEFT JOIN pg_catalog.pg_authid a ON a.rolname = want.name)
+SELECT name || ' ' || what FROM role, LATERAL (VALUES
+  (oid IS NULL, 'does not exist'),
+  (NOT rolcanlogin, 'may not log in'),
+  (rolpassword IS NOT NULL, 'has a password'),
+  (replication AND NOT rolreplication, 'may not replicate'),
+  (NOT replication AND rolreplication, 'may replicate'),
+  (rolsuper, 'is a superuser'),
+  (rolcreatedb OR rolcreaterole OR rolbypassrls, 'has rights that it needs not'),
+  (rolconnlimit <> -1, 'has a limit of connections')
+) AS v (wrong, what) WHERE wrong
+UNION ALL
+SELECT name || ' may not call ' || f FROM role, (VALUES %[3]s) AS v (f)
+WHERE NOT replication AND oid IS NOT NULL AND NOT rolsuper AND NOT pg_catalog.has_function_privilege(oid, f, 'EXECUTE')`,
+		ReplicationUser, RewindUser, strings.Join(functions, ", "))
+}
+
 // RoleSQL returns statements that make the roles of the product, and may be run
 // again. Patroni runs the like after initdb; an adopted data directory has not
 // seen it. Run them as Superuser in the database postgres of the primary.
@@ -69,11 +101,9 @@ IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '%[1]s') THEN CRE
 ALTER ROLE %[1]s LOGIN %[2]s PASSWORD NULL;
 END$$`, name, options)
 	}
-	sql := []string{role(ReplicationUser, "REPLICATION"), role(RewindUser, "NOSUPERUSER")}
-	for _, f := range []string{
-		"pg_ls_dir(text, boolean, boolean)", "pg_stat_file(text, boolean)",
-		"pg_read_binary_file(text)", "pg_read_binary_file(text, bigint, bigint, boolean)",
-	} {
+	const plain = "NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS CONNECTION LIMIT -1 "
+	sql := []string{role(ReplicationUser, plain+"REPLICATION"), role(RewindUser, plain+"NOREPLICATION")}
+	for _, f := range rewindFunctions {
 		sql = append(sql, fmt.Sprintf("GRANT EXECUTE ON FUNCTION pg_catalog.%s TO %s", f, RewindUser))
 	}
 	return sql

@@ -38,16 +38,18 @@ const maxBody = 4 << 20
 // Client calls the REST API of one member. It is safe for concurrent use.
 // Every call ends with its context; none has a time limit of its own.
 type Client struct {
-	base, user, pass string
-	http             *http.Client
+	base, user string
+	passwords  []string // tried in this order
+	http       *http.Client
 }
 
 // NewClient returns a client for baseURL, such as https://10.0.0.1:8008. The
 // API wants a client certificate for every call, and the password besides for
-// those that change something.
-func NewClient(baseURL string, tlsConfig *tls.Config, user, pass string) *Client {
+// those that change something. Former passwords are tried after it, in their
+// order: a member that has not taken the present one yet accepts one of those.
+func NewClient(baseURL string, tlsConfig *tls.Config, user, pass string, former ...string) *Client {
 	return &Client{
-		base: strings.TrimRight(baseURL, "/"), user: user, pass: pass,
+		base: strings.TrimRight(baseURL, "/"), user: user, passwords: append([]string{pass}, former...),
 		http: &http.Client{Transport: &http.Transport{
 			TLSClientConfig: tlsConfig,
 			// Patroni speaks HTTP/1.0: there is no connection to keep.
@@ -216,6 +218,21 @@ func (c *Client) Wake(ctx context.Context) error {
 	return nil
 }
 
+// CheckPassword asks whether the member accepts the password, and changes
+// nothing. If not, the error is a *StatusError of 401.
+func (c *Client) CheckPassword(ctx context.Context) error {
+	// An empty patch is refused as such, after the password was checked.
+	_, err := c.do(ctx, http.MethodPatch, "/config", map[string]any{})
+	var status *StatusError
+	if errors.As(err, &status) && status.Code == http.StatusBadRequest {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("an empty patch was accepted")
+	}
+	return fmt.Errorf("check the password of Patroni at %s: %w", c.base, err)
+}
+
 // Restart restarts PostgreSQL on the member and waits for it. With pendingOnly
 // it does nothing unless a changed setting needs a restart.
 func (c *Client) Restart(ctx context.Context, pendingOnly bool) error {
@@ -281,20 +298,39 @@ func (c *Client) json(ctx context.Context, method, path string, body, out any) e
 
 // do returns the body of a 2xx answer and a *StatusError for any other.
 func (c *Client) do(ctx context.Context, method, path string, body any) ([]byte, error) {
-	var reader io.Reader
+	var data []byte
 	if body != nil {
-		data, err := json.Marshal(body)
-		if err != nil {
+		var err error
+		if data, err = json.Marshal(body); err != nil {
 			return nil, fmt.Errorf("encode the request: %w", err)
 		}
-		reader = bytes.NewReader(data)
+	}
+	if method == http.MethodGet {
+		return c.try(ctx, method, path, data, "")
+	}
+	var out []byte
+	var err error
+	for _, password := range c.passwords {
+		var status *StatusError
+		if out, err = c.try(ctx, method, path, data, password); !errors.As(err, &status) || status.Code != http.StatusUnauthorized {
+			break
+		}
+	}
+	return out, err
+}
+
+// try makes one request, with one password.
+func (c *Client) try(ctx context.Context, method, path string, body []byte, password string) ([]byte, error) {
+	var reader io.Reader
+	if body != nil {
+		reader = bytes.NewReader(body)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, reader)
 	if err != nil {
 		return nil, fmt.Errorf("make the request: %w", err)
 	}
 	if method != http.MethodGet {
-		req.SetBasicAuth(c.user, c.pass)
+		req.SetBasicAuth(c.user, password)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {

@@ -1,6 +1,9 @@
 package patroni
 
-import "fmt"
+import (
+	"fmt"
+	"strconv"
+)
 
 // sharedKey is where, in Patroni's config key, pgha notes what it has set: Patroni
 // ignores keys that it does not know.
@@ -27,14 +30,18 @@ func sharedPatch(current map[string]any, want map[string]string) map[string]any 
 			note.was = have[name] // nil when absent
 		}
 		parameters[name] = value
-		notes[name] = map[string]any{"set": value, "was": note.was}
+		entry := map[string]any{"set": value}
+		if note.was != nil {
+			entry["was"] = note.was
+		}
+		notes[name] = entry
 	}
 	for name, note := range noted {
 		if _, ok := want[name]; ok {
 			continue
 		}
 		notes[name] = nil
-		if fmt.Sprint(have[name]) == note.set {
+		if plain(have[name]) == note.set {
 			parameters[name] = note.was
 		}
 	}
@@ -46,6 +53,50 @@ func sharedPatch(current map[string]any, want map[string]string) map[string]any 
 		patch["postgresql"] = map[string]any{"parameters": parameters}
 	}
 	return patch
+}
+
+// Patched returns config, the config key's value, as DynamicPatch will leave it.
+// config is not changed.
+func Patched(config map[string]any, c Config) map[string]any {
+	out := deepCopy(config)
+	apply(out, DynamicPatch(config, c))
+	return out
+}
+
+func deepCopy(m map[string]any) map[string]any {
+	out := make(map[string]any, len(m))
+	for k, v := range m {
+		if sub, ok := v.(map[string]any); ok {
+			v = deepCopy(sub)
+		}
+		out[k] = v
+	}
+	return out
+}
+
+// apply changes m as Patroni does on a patch: nil takes a key away.
+func apply(m, patch map[string]any) {
+	for k, v := range patch {
+		if v == nil {
+			delete(m, k)
+			continue
+		}
+		sub, ok := v.(map[string]any)
+		have, both := m[k].(map[string]any)
+		if ok && both {
+			apply(have, sub)
+			continue
+		}
+		m[k] = v
+	}
+}
+
+// plain is a value of the config key as text; numbers may come as JSON's.
+func plain(v any) string {
+	if f, ok := v.(float64); ok {
+		return strconv.FormatFloat(f, 'f', -1, 64)
+	}
+	return fmt.Sprint(v)
 }
 
 type sharedNote struct {
@@ -65,7 +116,7 @@ func currentNotes(config map[string]any) map[string]sharedNote {
 	out := map[string]sharedNote{}
 	for name, v := range p {
 		if m, ok := v.(map[string]any); ok {
-			out[name] = sharedNote{set: fmt.Sprint(m["set"]), was: m["was"]}
+			out[name] = sharedNote{set: plain(m["set"]), was: m["was"]}
 		}
 	}
 	return out
@@ -73,7 +124,8 @@ func currentNotes(config map[string]any) map[string]sharedNote {
 
 // SharedParameters returns the parameters in Patroni's config key that reach
 // PostgreSQL: the shared ones, and of the others those that no node's own file
-// has. foreign are those which somebody put there behind pgha's back.
+// has. foreign are those which somebody put there behind pgha's back, or which
+// were sized to a host that differs from this one.
 func SharedParameters(config map[string]any, c Config) (values map[string]string, foreign map[string]bool) {
 	values, foreign = map[string]string{}, map[string]bool{}
 	local, noted, sized := c.parameters(), currentNotes(config), c.sharedSizing()
@@ -81,10 +133,9 @@ func SharedParameters(config map[string]any, c Config) (values map[string]string
 		if _, ok := local[name]; ok {
 			continue
 		}
-		values[name] = fmt.Sprint(v)
+		values[name] = plain(v)
 		note, ok := noted[name]
-		_, usual := sized[name]
-		foreign[name] = ok && note.set != values[name] || !ok && !usual
+		foreign[name] = ok && note.set != values[name] || !ok && plain(sized[name]) != values[name]
 	}
 	return values, foreign
 }

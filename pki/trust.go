@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // A trust file (ca.crt) holds the certificates of all CAs that a cluster's
@@ -34,6 +35,25 @@ func Trusted(trustPEM []byte) ([][]byte, error) {
 	return out, nil
 }
 
+// TrustedCA describes a CA of a trust file.
+type TrustedCA struct {
+	Fingerprint string // see [Fingerprint]
+	NotAfter    time.Time
+}
+
+// TrustedCAs describes the CAs of a trust file, the one that signs first.
+func TrustedCAs(trustPEM []byte) ([]TrustedCA, error) {
+	cas, _, err := parseTrust(trustPEM)
+	if err != nil {
+		return nil, fmt.Errorf("read CA certificates: %w", err)
+	}
+	var out []TrustedCA
+	for _, ca := range cas {
+		out = append(out, TrustedCA{Fingerprint: fingerprint(ca.Raw), NotAfter: ca.NotAfter})
+	}
+	return out, nil
+}
+
 // Signer returns the first certificate of a trust file, PEM: the CA that signs.
 func Signer(trustPEM []byte) ([]byte, error) {
 	all, err := Trusted(trustPEM)
@@ -41,6 +61,12 @@ func Signer(trustPEM []byte) ([]byte, error) {
 		return nil, err
 	}
 	return all[0], nil
+}
+
+// ClusterOf returns the UUID of the cluster that a trust file is of.
+func ClusterOf(trustPEM []byte) (string, error) {
+	_, id, err := parseTrust(trustPEM)
+	return id, err
 }
 
 // TrustFile makes a trust file of CA certificates, PEM, the one that signs first.

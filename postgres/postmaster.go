@@ -7,22 +7,17 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"pgha/internal/pgdata"
+	"pgha/internal/procstat"
 )
 
-const (
-	// userHZ is the unit of times in /proc/PID/stat: 100 a second on every
-	// architecture that Linux gives to userland here.
-	userHZ = 100
-	// startSlack is how far the start time in the pid file and the kernel's may lie
-	// apart. Patroni allows the same.
-	startSlack = 3 * time.Second
-)
+// startSlack is how far the start time in the pid file and the kernel's may lie
+// apart. Patroni allows the same.
+const startSlack = 3 * time.Second
 
 // postmaster is a server's first process, held by its pidfd.
 type postmaster struct {
@@ -52,7 +47,9 @@ func holdPostmaster(file pgdata.PIDFile, dataDir string) (*postmaster, error) {
 	pm := &postmaster{pid: file.PID, pidfd: os.NewFile(uintptr(fd), "pidfd:"+strconv.Itoa(file.PID)), watched: make(chan struct{})}
 	is, err := isPostmaster(file, dataDir)
 	if err == nil && is {
-		pm.started, err = startTicks(pm.pid)
+		var st procstat.Stat
+		st, err = procstat.Read(pm.pid)
+		pm.started = st.Started
 	}
 	// What was read is of the process that we hold if that has not ended since.
 	if err != nil || !is || !pm.alive() {
@@ -113,44 +110,17 @@ func isPostmaster(file pgdata.PIDFile, dataDir string) (bool, error) {
 	if err != nil || !works {
 		return false, err
 	}
-	ticks, err := startTicks(pid)
+	st, err := procstat.Read(pid)
 	if pgdata.Ended(err) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	if file.Start == 0 || sinceEpoch(ticks).Sub(time.Unix(file.Start, 0)).Abs() <= startSlack {
+	if file.Start == 0 || st.StartedAt().Sub(time.Unix(file.Start, 0)).Abs() <= startSlack {
 		return true, nil
 	}
 	return holdsSharedMemory(pid)
-}
-
-// startTicks returns when a process was started, in clock ticks since boot.
-func startTicks(pid int) (uint64, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("read status of process %d: %w", pid, err)
-	}
-	// The second field, the command, may hold spaces and brackets.
-	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(f) < 20 {
-		return 0, fmt.Errorf("read status of process %d: unknown format %q", pid, data)
-	}
-	ticks, err := strconv.ParseUint(f[19], 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("read status of process %d: %w", pid, err)
-	}
-	return ticks, nil
-}
-
-// sinceEpoch turns a start time in ticks since boot into a time of day.
-func sinceEpoch(ticks uint64) time.Time {
-	var boot unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
-		return time.Time{} // agrees with no pid file
-	}
-	return time.Now().Add(time.Duration(ticks)*(time.Second/userHZ) - time.Duration(boot.Nano()))
 }
 
 // holdsSharedMemory reports whether a process has a System V segment attached,
@@ -169,9 +139,9 @@ func holdsSharedMemory(pid int) (bool, error) {
 // Runs reports whether the postmaster of a Probe, by its PID and Started, is
 // still there.
 func Runs(pid int, started uint64) (bool, error) {
-	ticks, err := startTicks(pid)
+	st, err := procstat.Read(pid)
 	if pgdata.Ended(err) {
 		return false, nil
 	}
-	return ticks == started, err
+	return st.Started == started, err
 }

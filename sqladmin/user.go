@@ -182,7 +182,7 @@ func Users(ctx context.Context, dial Dial) (out []User, err error) {
 	err = dial.with(ctx, maintenance, func(conn *pgx.Conn) error {
 		rows, err := conn.Query(ctx, `
 SELECT r.rolname, r.rolsuper, coalesce('default_transaction_read_only=on' = ANY (s.setconfig), false), r.rolpassword IS NOT NULL,
-  (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = r.oid AND a.pid <> pg_backend_pid()),
+  (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = r.oid AND a.backend_type = 'client backend' AND a.pid <> pg_backend_pid()),
   ARRAY(SELECT d.datname::text FROM pg_database d WHERE NOT d.datistemplate AND (d.datdba = r.oid
     OR EXISTS (SELECT FROM aclexplode(d.datacl) x WHERE x.grantee = r.oid AND x.privilege_type = 'CONNECT')) ORDER BY 1),
   false

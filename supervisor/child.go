@@ -13,6 +13,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"pgha/internal/procstat"
 )
 
 // child is a living process, held by its pidfd, so that nothing done to it can
@@ -41,12 +43,12 @@ func newChild(pid, pidfd int) *child {
 }
 
 // identify fills in the start time.
-func (c *child) identify() (procStat, error) {
-	st, err := readStat(c.pid)
+func (c *child) identify() (procstat.Stat, error) {
+	st, err := procstat.Read(c.pid)
 	if err != nil {
 		return st, err
 	}
-	c.start, c.startedAt = st.start, wallClock(st.start)
+	c.start, c.startedAt = st.Started, st.StartedAt()
 	return st, nil
 }
 
@@ -272,7 +274,7 @@ func killGroup(leader *child, marker string) error {
 }
 
 func groupMembers(leader *child, marker string) ([]*child, error) {
-	if st, err := readStat(leader.pid); err == nil && st.start != leader.start {
+	if st, err := procstat.Read(leader.pid); err == nil && st.Started != leader.start {
 		return nil, nil // the number has a new owner, so the group was empty
 	}
 	pids, err := allPIDs()
@@ -282,17 +284,17 @@ func groupMembers(leader *child, marker string) ([]*child, error) {
 	var members []*child
 	for _, pid := range pids {
 		// Cheap look first; what counts is read again under a pidfd.
-		if st, err := readStat(pid); err != nil || st.pgrp != leader.pid || pid == leader.pid {
+		if st, err := procstat.Read(pid); err != nil || st.Group != leader.pid || pid == leader.pid {
 			continue
 		}
 		c, err := holdPID(pid)
 		if err != nil {
 			continue
 		}
-		st, err := readStat(pid)
+		st, err := procstat.Read(pid)
 		mark, _ := readMarker(pid, marker)
-		ours := err == nil && st.pgrp == leader.pid && st.session == leader.pid && st.start >= leader.start &&
-			st.state != 'Z' && slices.Contains([]markerState{markerSame, markerUnreadable}, mark)
+		ours := err == nil && st.Group == leader.pid && st.Session == leader.pid && st.Started >= leader.start &&
+			st.State != 'Z' && slices.Contains([]markerState{markerSame, markerUnreadable}, mark)
 		if !ours || !c.alive() {
 			c.release()
 			continue

@@ -2,7 +2,6 @@ package supervisor
 
 import (
 	"encoding/json"
-	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -155,25 +154,6 @@ func TestHashSeesTheConfiguration(t *testing.T) {
 		if err != nil || (got != first) != strings.HasPrefix(name, "changes") {
 			t.Errorf("%s: hash differs: %v, %v", name, got != first, err)
 		}
-	}
-}
-
-func TestParseStat(t *testing.T) {
-	st, err := parseStat([]byte("42 (a) b) (c) S 7 8 9 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 123456 9 9"))
-	if err != nil || st != (procStat{'S', 7, 8, 9, 123456}) {
-		t.Errorf("%+v, %v", st, err)
-	}
-	for _, bad := range []string{"", "42", "42 (a) S 1", "42 (a) S x 8 9 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 123456"} {
-		if _, err := parseStat([]byte(bad)); err == nil {
-			t.Errorf("no error for %q", bad)
-		}
-	}
-	own, err := readStat(os.Getpid())
-	if err != nil || own.ppid != os.Getppid() {
-		t.Errorf("own status %+v, %v", own, err)
-	}
-	if at := wallClock(own.start); time.Since(at) < 0 || time.Since(at) > 24*time.Hour {
-		t.Errorf("own start time %v", at)
 	}
 }
 

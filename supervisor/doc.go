@@ -6,8 +6,9 @@
 //
 //   - A child never depends on its supervisor: it has its own session, writes to
 //     a file and not to a pipe, has no parent-death signal, and nothing here kills
-//     it except [Process.Stop], [Process.Kill], [Process.Restart], a failed health
-//     check, or a leftover with another configuration being replaced.
+//     it except [Process.Stop], [Process.StopBy], [Process.Kill],
+//     [Process.Restart], a failed health check, or a leftover with another
+//     configuration being replaced.
 //   - Never two of one name. A lock file keeps a second supervisor away, and
 //     [Process.Start] looks for a leftover of a supervisor that died (pid file
 //     first, then a scan of /proc for the marker, which covers a crash between

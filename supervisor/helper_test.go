@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"pgha/internal/procstat"
 )
 
 // TestMain lets the test binary be a supervisor in another process, to be killed.
@@ -209,6 +211,6 @@ func assertStates(t *testing.T, p *Process, want ...State) {
 }
 
 func isAlive(pid int) bool {
-	st, err := readStat(pid)
-	return err == nil && st.state != 'Z'
+	st, err := procstat.Read(pid)
+	return err == nil && st.State != 'Z'
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"pgha/internal/fsx"
+	"pgha/internal/procstat"
 )
 
 // pidFile identifies a running child, in Spec.RunDir.
@@ -59,8 +60,8 @@ func Lookup(runDir, name string) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	st, err := readStat(pf.PID)
-	if err != nil || pf.BootID != boot || st.start != pf.Start || st.state == 'Z' {
+	st, err := procstat.Read(pf.PID)
+	if err != nil || pf.BootID != boot || st.Started != pf.Start || st.State == 'Z' {
 		return 0, nil
 	}
 	return pf.PID, nil
@@ -239,12 +240,12 @@ func look(c *child, s Spec, recorded []string, o *sighting) (marker string) {
 	if s.User != nil {
 		want = s.User.UID
 	}
-	o.leader = st.session == c.pid
+	o.leader = st.Session == c.pid
 	o.sameArgv = sameArgv(cmdline, recorded, s)
 	o.sameProgram = sameProgram(cmdline, s.Path)
 	o.sameUser = uid == want
 	// Last: it proves that all of the above was about this process.
-	o.alive = err == nil && cerr == nil && uerr == nil && st.state != 'Z' && c.alive()
+	o.alive = err == nil && cerr == nil && uerr == nil && st.State != 'Z' && c.alive()
 	return marker
 }
 
@@ -304,11 +305,11 @@ func scanLeftovers(s Spec) ([]leftover, error) {
 // hasAncestor reports whether a forebear of pid satisfies match.
 func hasAncestor(pid int, match func(int) bool) bool {
 	for range 64 {
-		st, err := readStat(pid)
-		if err != nil || st.ppid <= 1 {
+		st, err := procstat.Read(pid)
+		if err != nil || st.Parent <= 1 {
 			return false
 		}
-		if pid = st.ppid; match(pid) {
+		if pid = st.Parent; match(pid) {
 			return true
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"pgha/internal/fsx"
+	"pgha/internal/procstat"
 )
 
 const ticking = `i=0; while :; do i=$((i+1)); echo "tick $i"; sleep 0.05; done`
@@ -87,7 +88,7 @@ func TestDetachAndAdoptInTheSameProcess(t *testing.T) {
 	if e := other.Status().LastExit; e == nil || !e.Known || e.Code != 5 {
 		t.Errorf("exit %+v, want code 5", e)
 	}
-	if _, err := readStat(pid); err == nil {
+	if _, err := procstat.Read(pid); err == nil {
 		t.Error("a zombie is left")
 	}
 	if slices.Contains(logs.output(), "ready") {
@@ -104,12 +105,12 @@ func TestZombieOfOursIsReaped(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "a zombie", func() bool { st, err := readStat(pid); return err == nil && st.state == 'Z' })
+	waitFor(t, "a zombie", func() bool { st, err := procstat.Read(pid); return err == nil && st.State == 'Z' })
 	mustStart(t, p)
 	if st := p.Status(); st.Adopted || st.PID == pid {
 		t.Errorf("status %+v", st)
 	}
-	if _, err := readStat(pid); err == nil {
+	if _, err := procstat.Read(pid); err == nil {
 		t.Error("the zombie is left")
 	}
 }
@@ -141,7 +142,7 @@ func TestForeignProcessIsNeitherAdoptedNorTouched(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := testSpec(t, forever)
 			pid := stray(t)
-			st, err := readStat(pid)
+			st, err := procstat.Read(pid)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -150,7 +151,7 @@ func TestForeignProcessIsNeitherAdoptedNorTouched(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			pf := pidFile{PID: pid, Start: st.start, BootID: boot, Marker: s.Marker, ArgvHash: hash, Argv: []string{"/bin/sleep", "600"}}
+			pf := pidFile{PID: pid, Start: st.Started, BootID: boot, Marker: s.Marker, ArgvHash: hash, Argv: []string{"/bin/sleep", "600"}}
 			change(&pf)
 			writePF(t, s, pf)
 			if name != "no marker" {
@@ -298,7 +299,7 @@ func TestDaemonOfAChildIsLeftAlone(t *testing.T) {
 	pid, daemon := p.Status().PID, 0
 	waitFor(t, "the daemon", func() bool {
 		for _, m := range marked(t, s.Marker) {
-			if st, err := readStat(m); err == nil && st.session == m && m != pid {
+			if st, err := procstat.Read(m); err == nil && st.Session == m && m != pid {
 				if args, err := readCmdline(m); err == nil && slices.Equal(args, []string{"sleep", "600"}) {
 					daemon = m
 				}
@@ -357,7 +358,7 @@ func TestHelperOfALeftoverIsLeftAlone(t *testing.T) {
 	waitFor(t, "the helper", func() bool {
 		for _, m := range marked(t, s.Marker) {
 			args, err := readCmdline(m)
-			if st, serr := readStat(m); err == nil && serr == nil && st.session == m && m != pid && len(args) > 0 && args[0] == "/bin/sh" {
+			if st, serr := procstat.Read(m); err == nil && serr == nil && st.Session == m && m != pid && len(args) > 0 && args[0] == "/bin/sh" {
 				helper = m
 			}
 		}

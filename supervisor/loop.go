@@ -191,7 +191,7 @@ func (l *loop) send(c command) error {
 func (l *loop) command(c command) error {
 	switch c.op {
 	case opStop:
-		l.stop()
+		l.stop(c.sig)
 	case opDetach:
 		reason := "detached"
 		if l.child != nil {
@@ -220,7 +220,7 @@ func (l *loop) command(c command) error {
 	return nil
 }
 
-func (l *loop) stop() {
+func (l *loop) stop(sig syscall.Signal) {
 	was := l.intent
 	l.intent = intentStop
 	switch {
@@ -228,7 +228,7 @@ func (l *loop) stop() {
 	case l.child != nil && was != intentRun: // its end is under way
 		l.p.setState(Stopping, "stop asked for")
 	case l.child != nil:
-		l.terminate(l.p.spec.StopSignal, "stop asked for")
+		l.terminate(sig, "stop asked for")
 	case l.before != nil:
 		l.cancel() // launch goes on when Before has returned
 		l.p.setState(Stopping, "stop asked for")

@@ -9,49 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
-
-	"golang.org/x/sys/unix"
 )
-
-// userHZ is the unit of times in /proc/PID/stat: 100 a second on every
-// architecture that Linux gives to userland here.
-const userHZ = 100
-
-// procStat is what is used of /proc/PID/stat.
-type procStat struct {
-	state               byte
-	ppid, pgrp, session int
-	start               uint64 // clock ticks since boot
-}
-
-func readStat(pid int) (procStat, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return procStat{}, fmt.Errorf("read status of process %d: %w", pid, err)
-	}
-	st, err := parseStat(data)
-	if err != nil {
-		return procStat{}, fmt.Errorf("read status of process %d: %w", pid, err)
-	}
-	return st, nil
-}
-
-// parseStat decodes the content of /proc/PID/stat. The second field, the
-// command, is chosen by the process and may hold spaces and brackets.
-func parseStat(data []byte) (st procStat, err error) {
-	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(f) < 20 || len(f[0]) != 1 {
-		return st, fmt.Errorf("unknown format %q", data)
-	}
-	st.state = f[0][0]
-	var errs [4]error
-	st.ppid, errs[0] = strconv.Atoi(f[1])
-	st.pgrp, errs[1] = strconv.Atoi(f[2])
-	st.session, errs[2] = strconv.Atoi(f[3])
-	st.start, errs[3] = strconv.ParseUint(f[19], 10, 64)
-	return st, errors.Join(errs[:]...)
-}
 
 // readCmdline returns the arguments of a process; none for a zombie.
 func readCmdline(pid int) ([]string, error) {
@@ -125,13 +83,4 @@ func allPIDs() ([]int, error) {
 		}
 	}
 	return pids, nil
-}
-
-// wallClock turns a start time in ticks since boot into a time of day.
-func wallClock(ticks uint64) time.Time {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return time.Now()
-	}
-	return time.Now().Add(time.Duration(ticks)*(time.Second/userHZ) - time.Duration(ts.Nano()))
 }

@@ -113,7 +113,11 @@ func (p *Process) start(ctx context.Context, want intent) (bool, error) {
 // until it is gone. A process that is not started is left as it is, except that
 // Waiting and Failed become Stopped. If ctx ends first, Stop returns its error
 // and the stopping goes on.
-func (p *Process) Stop(ctx context.Context) error {
+func (p *Process) Stop(ctx context.Context) error { return p.StopBy(ctx, p.spec.StopSignal) }
+
+// StopBy is Stop with another signal: with SIGKILL the child has no say in what
+// its end does.
+func (p *Process) StopBy(ctx context.Context, sig syscall.Signal) error {
 	if err := p.begin(ctx); err != nil {
 		return fmt.Errorf("stop %s: %w", p.spec.Name, err)
 	}
@@ -125,7 +129,7 @@ func (p *Process) Stop(ctx context.Context) error {
 		}
 		return nil
 	}
-	if err := l.send(command{op: opStop}); err != nil && !errors.Is(err, ErrNotRunning) {
+	if err := l.send(command{op: opStop, sig: sig}); err != nil && !errors.Is(err, ErrNotRunning) {
 		return fmt.Errorf("stop %s: %w", p.spec.Name, err)
 	}
 	select {

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"pgha/internal/procstat"
 )
 
 func TestStopAsksFirst(t *testing.T) {
@@ -47,6 +49,18 @@ func TestStopKillsWhatIgnoresTERM(t *testing.T) {
 	assertStates(t, p, Starting, Running, Stopping, Stopping, Stopped)
 	if e := p.Status().LastExit; e == nil || e.Signal != syscall.SIGKILL || e.Code != -1 {
 		t.Errorf("exit %+v, want by SIGKILL", e)
+	}
+}
+
+func TestStopByKillDoesNotAsk(t *testing.T) {
+	p, logs := started(t, testSpec(t, "trap 'echo asked; exit' TERM; echo ready; "+forever))
+	waitOutput(t, logs, "ready")
+	if err := p.StopBy(t.Context(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	assertStates(t, p, Starting, Running, Stopping, Stopped)
+	if e := p.Status().LastExit; e == nil || e.Signal != syscall.SIGKILL || logs.has("INFO worker/output: asked") {
+		t.Errorf("exit %+v, want by SIGKILL alone", e)
 	}
 }
 
@@ -334,9 +348,9 @@ func TestChildIsIndependentAndClean(t *testing.T) {
 		}
 	}
 	pid := p.Status().PID
-	st, err := readStat(pid)
-	if err != nil || st.session != pid || st.pgrp != pid {
-		t.Errorf("session %d and group %d of process %d, %v; want its own", st.session, st.pgrp, pid, err)
+	st, err := procstat.Read(pid)
+	if err != nil || st.Session != pid || st.Group != pid {
+		t.Errorf("session %d and group %d of process %d, %v; want its own", st.Session, st.Group, pid, err)
 	}
 	if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid)); err != nil || strings.TrimSpace(string(data)) != "321" {
 		t.Errorf("OOM score adjustment %q, %v", data, err)
@@ -367,6 +381,29 @@ func TestParseLine(t *testing.T) {
 		if !logs.has(want) {
 			t.Errorf("no %q in %q", want, logs.lines)
 		}
+	}
+}
+
+func TestLinesThatBelongTogether(t *testing.T) {
+	s := testSpec(t, "printf 'one\ntwo\n more\n and more\nthree\n'; exit 1")
+	s.Restart.Budget.Failures, s.Restart.GiveUp = 1, true
+	s.Continues = func(lines []string, line string) bool { return lines[0] == "two" && line[0] == ' ' }
+	s.ParseLine = func(text string) (slog.Level, string) {
+		first, _, more := strings.Cut(text, "\n")
+		if more {
+			return slog.LevelWarn, first + "…"
+		}
+		return slog.LevelInfo, first
+	}
+	p, logs := started(t, s)
+	waitState(t, p, Failed)
+	for _, want := range []string{"INFO worker/output: one", "WARN worker/output: two…", "DEBUG worker/output: two\n more\n and more", "INFO worker/output: three"} {
+		if !logs.has(want) {
+			t.Errorf("no %q in %q", want, logs.output())
+		}
+	}
+	if got := len(logs.output()); got%4 != 0 {
+		t.Errorf("%d records of output, want four for each start: %q", got, logs.output())
 	}
 }
 

@@ -70,6 +70,10 @@ type Spec struct {
 	// ParseLine may give a line of output its level and shorten its text. Nil
 	// logs the line as it is at Info.
 	ParseLine func(line string) (level slog.Level, msg string)
+	// Continues, if not nil, says whether a line belongs to those before it, which
+	// ParseLine then gets all at once, with newlines between them. They have to be
+	// written at once too.
+	Continues func(lines []string, line string) bool
 
 	// StopSignal asks the child to end (default SIGTERM); after Grace it is
 	// killed.

@@ -26,6 +26,7 @@ const (
 	readChunk = 64 << 10
 	// Bounds on one poll, so that a flood does not keep the lock for ever.
 	maxRead      = 16 << 20
+	maxRecord    = 500 // lines
 	maxRotations = 8
 )
 
@@ -40,6 +41,7 @@ type tail struct {
 	f        *os.File // nil until opened
 	off      int64    // everything before it has been read
 	partial  []byte   // read, but not yet a whole line
+	record   []string // lines that may be continued; empty between polls
 	ring     []string // last lines of this child
 	saved    tailPos
 	savedAt  time.Time
@@ -118,6 +120,7 @@ func (t *tail) poll(final bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	err := t.read(final)
+	t.tell()
 	if err != nil && !t.failing {
 		t.log.Warn("cannot follow the output", "file", t.spec.LogFile, "err", err)
 	}
@@ -203,11 +206,28 @@ func (t *tail) emit(raw []byte) {
 		return
 	}
 	t.remember(line)
-	level, msg := slog.LevelInfo, line
+	if next := t.spec.Continues; len(t.record) == 0 || len(t.record) == maxRecord || next == nil || !next(t.record, line) {
+		t.tell()
+	}
+	t.record = append(t.record, line)
+}
+
+// tell logs what has been read. Of several lines that belong together, the log
+// has a summary, and all of them at Debug.
+func (t *tail) tell() {
+	if len(t.record) == 0 {
+		return
+	}
+	all := strings.Join(t.record, "\n")
+	level, msg := slog.LevelInfo, all
 	if t.spec.ParseLine != nil {
-		level, msg = t.spec.ParseLine(line)
+		level, msg = t.spec.ParseLine(all)
 	}
 	t.log.Log(context.Background(), level, msg, "stream", "output")
+	if len(t.record) > 1 {
+		t.log.Debug(all, "stream", "output")
+	}
+	t.record = nil
 }
 
 func (t *tail) remember(line string) {

@@ -57,7 +57,8 @@ func UnitText(binPath string) ([]byte, error) {
 }
 
 // Install writes the unit file and enables the unit; it does not start it. It
-// may be repeated. It fails with ErrNoSystemd where there is none.
+// also keeps needrestart away from it, as KeepNeedrestartAway does. It may be
+// repeated. It fails with ErrNoSystemd where there is none.
 func Install(ctx context.Context, binPath string) error {
 	text, err := UnitText(binPath)
 	if err != nil {
@@ -66,6 +67,9 @@ func Install(ctx context.Context, binPath string) error {
 	return withConn(ctx, func(conn *dbus.Conn) error {
 		if err := fsx.WriteFile(UnitPath, text, 0o644, fsx.Keep, fsx.Keep); err != nil {
 			return fmt.Errorf("install %s: %w", UnitName, err)
+		}
+		if err := KeepNeedrestartAway(); err != nil {
+			return err
 		}
 		// The second reload makes the manager see the link that enabling has made.
 		if err := conn.ReloadContext(ctx); err != nil {
@@ -81,11 +85,14 @@ func Install(ctx context.Context, binPath string) error {
 	})
 }
 
-// Uninstall stops and disables the unit and removes its file. It may be
-// repeated, and does nothing where the unit is not installed. It fails with
-// ErrNoSystemd where there is no systemd.
+// Uninstall stops and disables the unit and removes its file, and what Install
+// has told needrestart. It may be repeated, and does nothing where the unit is
+// not installed. It fails with ErrNoSystemd where there is no systemd.
 func Uninstall(ctx context.Context) error {
 	return withConn(ctx, func(conn *dbus.Conn) error {
+		if err := LetNeedrestart(); err != nil {
+			return err
+		}
 		state, err := unitState(ctx, conn, UnitName)
 		if err != nil {
 			return err

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -13,17 +16,23 @@ import (
 
 func certCommand() *cli.Command {
 	return &cli.Command{
-		Name: "cert", Category: "cluster", Usage: "show this node's certificates, renew them, print the CA for clients",
+		Name: "cert", Category: "cluster", Usage: "show the nodes' certificates, renew them, print the CA for clients",
 		Subcommands: []*cli.Command{
-			{Name: "list", Usage: "list this node's certificates", Flags: []cli.Flag{jsonFlag}, Action: listCerts},
-			{Name: "renew", Usage: "renew this node's certificates now; nothing is restarted", Flags: []cli.Flag{jsonFlag}, Action: renewCerts},
+			{Name: "list", Usage: "list the certificates of all nodes", Flags: []cli.Flag{jsonFlag}, Action: listCerts},
+			{
+				Name: "renew", Usage: "renew this node's certificates now, or NODE's, or all; nothing is restarted", ArgsUsage: "[NODE...]",
+				Flags: append([]cli.Flag{&cli.BoolFlag{Name: "all", Usage: "renew those of all nodes, one node after the other"}}, operationFlags...), Action: renewCerts,
+			},
 			{Name: "ca", Usage: "print the CA certificate that clients need (sslrootcert)", Action: func(c *cli.Context) error {
 				if err := noArgs(c); err != nil {
 					return err
 				}
-				pem, err := os.ReadFile(node.CAPath(node.DefaultPaths()))
+				pem, note, err := node.AllCACerts(node.DefaultPaths())
 				if err != nil {
-					return fmt.Errorf("read CA certificate: %w", err)
+					return err
+				}
+				if note != "" {
+					fmt.Fprintln(os.Stderr, note)
 				}
 				_, err = os.Stdout.Write(pem)
 				return err
@@ -36,31 +45,62 @@ func listCerts(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
-	r, err := node.NewLocal(node.DefaultPaths()).Report(c.Context)
+	certs, err := node.NewLocal(node.DefaultPaths()).Certificates(c.Context)
 	if err != nil {
 		return err
 	}
 	if c.Bool("json") {
-		return printJSON(os.Stdout, r.Certs)
+		return printJSON(os.Stdout, certs)
 	}
-	t := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "CERTIFICATE\tENDS\tDAYS LEFT")
-	for _, k := range r.Certs {
-		fmt.Fprintf(t, "%s\t%s\t%d\n", k.Role, k.NotAfter.Local().Format(time.DateTime), int(time.Until(k.NotAfter).Hours()/24))
+	return printCerts(os.Stdout, certs)
+}
+
+func printCerts(w io.Writer, nodes []node.NodeCerts) error {
+	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "NODE\tCERTIFICATE\tISSUED BY\tENDS\tDAYS LEFT\tRENEWED BY ITSELF\tNAMES")
+	for _, n := range nodes {
+		if !n.Reachable {
+			fmt.Fprintf(t, "%s\tdoes not answer\t\t\t\t\t\n", n.Node)
+		}
+		for _, k := range n.Certs {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", n.Node, k.Role, k.Issuer, k.NotAfter.Local().Format(time.DateTime),
+				int(time.Until(k.NotAfter).Hours()/24), k.RenewAt.Local().Format(time.DateOnly), strings.Join(k.Names, " "))
+		}
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	for _, n := range nodes {
+		for i, ca := range n.Trusted {
+			does := "signs"
+			if i > 0 {
+				does = "is trusted"
+			}
+			fmt.Fprintf(w, "%s: the CA %s %s, until %s\n", n.Node, ca.Fingerprint, does, ca.NotAfter.Local().Format(time.DateOnly))
+		}
+	}
+	return nil
 }
 
 func renewCerts(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
-		return err
+	names := c.Args().Slice()
+	if c.Bool("all") && len(names) > 0 {
+		return errors.New("--all and names of nodes exclude each other: give one")
+	}
+	if c.Bool("all") || len(names) > 0 {
+		return operate(c, "renew-certificates", node.RenewOrder{Nodes: names}, nil)
 	}
 	local := node.NewLocal(node.DefaultPaths())
 	if err := local.RenewCertificates(c.Context); err != nil {
 		return err
 	}
-	if !c.Bool("json") {
-		fmt.Println("Renewed; every part uses the new certificates already.")
+	certs, err := local.Certificates(c.Context)
+	if err != nil {
+		return err
 	}
-	return listCerts(c)
+	if c.Bool("json") {
+		return printJSON(os.Stdout, certs)
+	}
+	fmt.Println("Renewed; every part uses the new certificates already.")
+	return printCerts(os.Stdout, certs)
 }

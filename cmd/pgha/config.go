@@ -3,22 +3,43 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"pgha/cluster"
 	"pgha/node"
 )
 
+var nodeFlag = &cli.StringFlag{Name: "node", Usage: "of this node alone"}
+
 func configCommand() *cli.Command {
+	dryRun := &cli.BoolFlag{Name: "dry-run", Usage: "show what would change, and change nothing"}
+	restart := &cli.BoolFlag{Name: "restart", Usage: "then restart PostgreSQL where a change needs it, one node after the other"}
+	change := append([]cli.Flag{nodeFlag, dryRun, restart}, operationFlags...)
 	return &cli.Command{
-		Name: "config", Category: "cluster", Usage: "show and change the cluster-wide settings",
+		Name: "config", Category: "cluster", Usage: "show and change the settings of the cluster and of PostgreSQL",
 		Subcommands: []*cli.Command{
-			{Name: "show", Usage: "list all settings", Flags: []cli.Flag{jsonFlag}, Action: showConfig},
-			{Name: "get", Usage: "print one setting's value", ArgsUsage: "KEY", Action: getConfig},
-			{Name: "set", Usage: "change a setting on all nodes, while they run", ArgsUsage: "KEY=VALUE", Flags: []cli.Flag{jsonFlag}, Action: setConfig},
+			{Name: "show", Usage: "list the settings, and where each comes from", Flags: []cli.Flag{
+				&cli.BoolFlag{Name: "all", Usage: "every parameter of PostgreSQL, also those that nobody has set"}, nodeFlag, jsonFlag,
+			}, Action: showConfig},
+			{Name: "get", Usage: "print one setting's value", ArgsUsage: "KEY", Flags: []cli.Flag{nodeFlag}, Action: getConfig},
+			{Name: "set", Usage: "change settings on all nodes, while they run", ArgsUsage: "KEY=VALUE...", Flags: change, Action: setConfig,
+				Description: "KEY is a setting of pgha config show; postgresql.NAME is a parameter of PostgreSQL.\n" +
+					"A list takes KEY+=VALUE and KEY-=VALUE too. Several changes are made as one."},
+			{Name: "unset", Usage: "go back to a setting's default", ArgsUsage: "KEY...", Flags: change, Action: unsetConfig},
+			{Name: "edit", Usage: "change all settings in an editor", Flags: append([]cli.Flag{restart}, operationFlags...), Action: editConfig},
+			{Name: "diff", Usage: "show what differs between now and before a change (the last)", ArgsUsage: "[CHANGE]", Flags: []cli.Flag{jsonFlag}, Action: diffConfig},
+			{Name: "history", Usage: "list the changes: when, who, what", Flags: []cli.Flag{
+				&cli.IntFlag{Name: "n", Value: 20, Usage: "so many, the newest; 0 = all that are kept"}, jsonFlag,
+			}, Action: configHistory},
+			{Name: "rollback", Usage: "go back to the settings before a change", ArgsUsage: "CHANGE", Flags: append([]cli.Flag{dryRun, restart}, operationFlags...), Action: rollbackConfig},
 		},
 	}
 }
@@ -27,49 +48,255 @@ func showConfig(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
-	values, err := node.NewLocal(node.DefaultPaths()).Config(c.Context)
+	v, err := node.NewLocal(node.DefaultPaths()).Config(c.Context)
 	if err != nil {
 		return err
 	}
+	v.Values = slices.DeleteFunc(v.Values, func(x node.ConfigValue) bool {
+		return x.Quiet && !c.Bool("all") || c.String("node") != "" && x.Node != "" && x.Node != c.String("node")
+	})
 	if c.Bool("json") {
-		return printJSON(os.Stdout, values)
+		return printJSON(os.Stdout, v)
 	}
-	t := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "KEY\tVALUE\tWHAT IT IS")
-	for _, v := range values {
-		fmt.Fprintf(t, "%s\t%s\t%s\n", v.Key, v.Value, v.Help)
+	if err := printConfig(os.Stdout, v); err != nil {
+		return err
+	}
+	if len(v.Silent) > 0 {
+		fmt.Fprintf(os.Stderr, "%s did not answer.\n", strings.Join(v.Silent, " and "))
+	}
+	return nil
+}
+
+func printConfig(w io.Writer, v node.ConfigView) error {
+	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "KEY\tNODE\tVALUE\tWHERE IT COMES FROM\tPENDING RESTART")
+	or := func(s, other string) string {
+		if s == "" {
+			return other
+		}
+		return s
+	}
+	for _, x := range v.Values {
+		restart := "-"
+		if len(x.Restart) > 0 {
+			restart = "on " + strings.Join(x.Restart, ", ")
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", x.Key, or(x.Node, "all"), or(x.Value, "-"), x.Where, restart)
 	}
 	return t.Flush()
 }
 
 func getConfig(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return errors.New("config get needs one KEY: see pgha config show")
+		return errors.New("config get needs one KEY: see pgha config show --all")
 	}
-	values, err := node.NewLocal(node.DefaultPaths()).Config(c.Context)
+	v, err := node.NewLocal(node.DefaultPaths()).Config(c.Context)
 	if err != nil {
 		return err
 	}
-	for _, v := range values {
-		if v.Key == c.Args().First() {
-			fmt.Println(v.Value)
-			return nil
+	found := false
+	for _, x := range v.Values {
+		if !strings.EqualFold(x.Key, c.Args().First()) || c.String("node") != "" && x.Node != "" && x.Node != c.String("node") {
+			continue
 		}
+		found = true
+		if x.Node != "" && c.String("node") == "" {
+			fmt.Printf("%s: %s\n", x.Node, x.Value)
+			continue
+		}
+		fmt.Println(x.Value)
 	}
-	return fmt.Errorf("there is no setting %q: see pgha config show", c.Args().First())
+	if !found {
+		return fmt.Errorf("there is no setting %q: see pgha config show --all", c.Args().First())
+	}
+	return nil
 }
 
 func setConfig(c *cli.Context) error {
-	key, value, ok := strings.Cut(c.Args().First(), "=")
-	if c.NArg() != 1 || !ok || key == "" {
-		return errors.New("config set needs one KEY=VALUE, behind any flags, as profile=steady: see pgha config show")
+	req := node.ConfigRequest{Node: c.String("node")}
+	for _, arg := range c.Args().Slice() {
+		key, value, ok := strings.Cut(arg, "=")
+		if !ok || key == "" {
+			return fmt.Errorf("config set takes KEY=VALUE, as profile=steady or postgresql.work_mem=64MB, behind any flags, and was given %q: see pgha config show", arg)
+		}
+		change := node.ConfigChange{Key: key, Value: value}
+		if k, ok := strings.CutSuffix(key, "+"); ok {
+			change.Key, change.Op = k, node.ChangeAdd
+		} else if k, ok := strings.CutSuffix(key, "-"); ok {
+			change.Key, change.Op = k, node.ChangeRemove
+		}
+		req.Changes = append(req.Changes, change)
 	}
-	if err := node.NewLocal(node.DefaultPaths()).SetConfig(c.Context, node.ConfigChange{Key: key, Value: value}); err != nil {
+	if len(req.Changes) == 0 {
+		return errors.New("config set needs a KEY=VALUE, behind any flags, as profile=steady: see pgha config show")
+	}
+	return changeConfig(c, req)
+}
+
+func unsetConfig(c *cli.Context) error {
+	req := node.ConfigRequest{Node: c.String("node")}
+	for _, key := range c.Args().Slice() {
+		if strings.Contains(key, "=") {
+			return fmt.Errorf("config unset takes a KEY alone, and was given %q", key)
+		}
+		req.Changes = append(req.Changes, node.ConfigChange{Key: key, Op: node.ChangeUnset})
+	}
+	if len(req.Changes) == 0 {
+		return errors.New("config unset needs a KEY, behind any flags: see pgha config show")
+	}
+	return changeConfig(c, req)
+}
+
+// changeConfig does a request, or shows what it would do.
+func changeConfig(c *cli.Context, req node.ConfigRequest) error {
+	if c.Bool("dry-run") {
+		p, err := node.NewLocal(node.DefaultPaths()).PlanConfig(c.Context, req)
+		if err != nil {
+			return err
+		}
+		if c.Bool("json") {
+			return printJSON(os.Stdout, p)
+		}
+		printPlan(os.Stdout, p)
+		fmt.Println("Nothing was changed: this was a dry run.")
+		return nil
+	}
+	var r node.ConfigResult
+	if err := operate(c, "config", req, &r); err != nil {
 		return err
 	}
-	if c.Bool("json") {
-		return printJSON(os.Stdout, map[string]string{"key": key, "value": value})
+	if !c.Bool("json") {
+		printResult(os.Stdout, r)
 	}
-	fmt.Printf("%s is %s now. All nodes follow by themselves.\n", key, value)
+	if len(r.Pending) == 0 || !c.Bool("restart") {
+		return nil
+	}
+	return restartPending(c)
+}
+
+// printPlan shows what a request would change.
+func printPlan(w io.Writer, p node.ConfigPlan) {
+	if len(p.Diff) == 0 {
+		fmt.Fprintln(w, "The settings are so already.")
+		return
+	}
+	for _, d := range p.Diff {
+		fmt.Fprintln(w, "  "+d.String())
+	}
+	for _, text := range p.Warnings {
+		fmt.Fprintln(w, "  note: "+text)
+	}
+	if len(p.On) > 0 {
+		fmt.Fprintf(w, "  %s needs a restart of PostgreSQL on %s\n", strings.Join(p.Restart, ", "), strings.Join(p.On, ", "))
+	}
+}
+
+// printResult shows what a change came to, and what is left to do.
+func printResult(w io.Writer, r node.ConfigResult) {
+	fmt.Fprintln(w)
+	if r.Change == 0 {
+		fmt.Fprintln(w, "The settings are so already: nothing was changed.")
+		return
+	}
+	fmt.Fprintf(w, "Change %d, taken by %s:\n", r.Change, strings.Join(r.Taken, " and "))
+	for _, d := range r.Diff {
+		fmt.Fprintln(w, "  "+d.String())
+	}
+	if len(r.Silent) > 0 {
+		fmt.Fprintf(w, "%s did not answer, and follows when it is back.\n", strings.Join(r.Silent, " and "))
+	}
+	if len(r.Pending) > 0 {
+		fmt.Fprintf(w, "%s takes effect when PostgreSQL has been restarted on %s: pgha restart --rolling --pending\n", strings.Join(r.Restart, ", "), strings.Join(r.Pending, " and "))
+	}
+	fmt.Fprintf(w, "To go back: pgha config rollback %d\n", r.Change)
+}
+
+func rollbackConfig(c *cli.Context) error {
+	id, err := strconv.ParseInt(c.Args().First(), 10, 64)
+	if c.NArg() != 1 || err != nil || id < 1 {
+		return errors.New("config rollback needs the number of one change, behind any flags: see pgha config history")
+	}
+	req := node.ConfigRequest{Rollback: id}
+	if c.Bool("dry-run") {
+		return changeConfig(c, req)
+	}
+	p, err := node.NewLocal(node.DefaultPaths()).PlanConfig(c.Context, req)
+	if err != nil {
+		return err
+	}
+	printPlan(os.Stderr, p)
+	if len(p.Diff) == 0 {
+		return nil
+	}
+	if err := confirm(c.Bool("yes"), fmt.Sprintf("Go back to the settings before change %d?", id)); err != nil {
+		return err
+	}
+	req.Rev = p.Rev
+	return changeConfig(c, req)
+}
+
+func diffConfig(c *cli.Context) error {
+	h, err := node.NewLocal(node.DefaultPaths()).ConfigHistory(c.Context)
+	if err != nil {
+		return err
+	}
+	if c.NArg() > 1 {
+		return errors.New("config diff takes the number of one change: see pgha config history")
+	}
+	if len(h.Changes) == 0 {
+		return errors.New("no setting was changed yet")
+	}
+	from := h.Changes[len(h.Changes)-1]
+	if c.NArg() == 1 {
+		i := slices.IndexFunc(h.Changes, func(x cluster.SettingsChange) bool { return strconv.FormatInt(x.ID, 10) == c.Args().First() })
+		if i < 0 {
+			return fmt.Errorf("there is no change %q: changes %d to %d are kept", c.Args().First(), h.Changes[0].ID, from.ID)
+		}
+		from = h.Changes[i]
+	}
+	diff := node.DiffSettings(from.Before, h.Now)
+	if c.Bool("json") {
+		return printJSON(os.Stdout, map[string]any{"since": from.ID, "diff": diff})
+	}
+	if len(diff) == 0 {
+		fmt.Printf("The settings are as before change %d.\n", from.ID)
+	}
+	for _, d := range diff {
+		fmt.Println(d.String())
+	}
 	return nil
+}
+
+func configHistory(c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
+	h, err := node.NewLocal(node.DefaultPaths()).ConfigHistory(c.Context)
+	if err != nil {
+		return err
+	}
+	slices.Reverse(h.Changes)
+	if n := c.Int("n"); n > 0 {
+		h.Changes = h.Changes[:min(n, len(h.Changes))]
+	}
+	if c.Bool("json") {
+		return printJSON(os.Stdout, h.Changes)
+	}
+	t := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "CHANGE\tWHEN\tWHO\tWHAT")
+	for _, x := range h.Changes {
+		for i, what := range x.What {
+			if i == 0 {
+				fmt.Fprintf(t, "%d\t%s\t%s\t%s\n", x.ID, x.At.Format(time.DateTime)+" UTC", x.Actor, what)
+			} else {
+				fmt.Fprintf(t, "\t\t\t%s\n", what)
+			}
+		}
+	}
+	return t.Flush()
+}
+
+// restartPending restarts what waits for it, one node after the other.
+func restartPending(c *cli.Context) error {
+	return operate(c, "restart", node.RestartRequest{Rolling: true, Pending: true}, nil)
 }

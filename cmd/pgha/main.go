@@ -45,6 +45,9 @@ func run(args []string) int {
 	if err == nil {
 		return 0
 	}
+	if next := (*node.Reexec)(nil); errors.As(err, &next) {
+		err = next.Exec(ctx) // comes back only when it fails
+	}
 	exit := exitError{code: 1, err: err}
 	errors.As(err, &exit)
 	if exit.err != nil {
@@ -71,7 +74,8 @@ func newApp() *cli.App {
 		},
 		Commands: []*cli.Command{
 			initCommand(), joinCommand(), statusCommand(), configCommand(), tokenCommand(), psqlCommand(), logsCommand(),
-			certCommand(), runCommand(), resetCommand(), demoCommand(), versionCommand(), completionCommand(), eventsCommand(),
+			certCommand(), runCommand(), resetCommand(), memberCommand(), leaveCommand(), demoCommand(), versionCommand(), completionCommand(), eventsCommand(), rotateCommand(),
+			switchoverCommand(), failoverCommand(), pauseCommand(), resumeCommand(), maintenanceCommand(), upgradeCommand(), recoverCommand(), snapshotCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

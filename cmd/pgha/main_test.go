@@ -131,7 +131,7 @@ func TestCompletion(t *testing.T) {
 	defer func(args []string) { os.Args = args }(os.Args)
 	for args, want := range map[string][]string{
 		"":           {"init", "join", "status", "config", "token", "psql", "logs", "cert", "run", "reset", "demo", "version", "completion", "help", "h"},
-		"config":     {"show", "get", "set", "help", "h"},
+		"config":     {"show", "get", "set", "unset", "edit", "diff", "history", "rollback", "help", "h"},
 		"token":      {"create", "list", "revoke", "help", "h"},
 		"logs":       node.LogComponents,
 		"completion": {"bash", "zsh", "fish"},

@@ -25,21 +25,8 @@ var operationFlags = []cli.Flag{timeoutFlag, yesFlag, jsonFlag}
 // end the status that the cluster is in. result, a pointer or nil, takes what the
 // operation returns.
 func operate(c *cli.Context, kind string, req, result any) error {
-	local, p := node.NewLocal(node.DefaultPaths()), newProgress()
-	id, err := uuid.NewRandom()
+	answer, err := perform(c, newProgress(), kind, req)
 	if err != nil {
-		return fmt.Errorf("make id of operation: %w", err)
-	}
-	body, err := json.Marshal(req)
-	if err != nil {
-		return fmt.Errorf("encode request: %w", err)
-	}
-	if c.Duration("timeout") < 0 {
-		return errors.New("--timeout is below 0: give a time such as 5m")
-	}
-	var answer json.RawMessage
-	o := node.OperationRequest{ID: id.String(), Actor: operator(), Timeout: c.Duration("timeout"), Request: body}
-	if err := local.Operate(c.Context, kind, o, &answer, func(step string) { p.say("%s", step) }); err != nil {
 		return err
 	}
 	if result != nil {
@@ -47,14 +34,38 @@ func operate(c *cli.Context, kind string, req, result any) error {
 			return fmt.Errorf("decode result: %w", err)
 		}
 	}
+	return finish(c, kind, answer)
+}
+
+// perform has the local daemon run an operation and prints each step.
+func perform(c *cli.Context, p *progress, kind string, req any) (json.RawMessage, error) {
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return nil, fmt.Errorf("make id of operation: %w", err)
+	}
+	body, err := json.Marshal(req)
+	if err != nil {
+		return nil, fmt.Errorf("encode request: %w", err)
+	}
+	if c.Duration("timeout") < 0 {
+		return nil, errors.New("--timeout is below 0: give a time such as 5m")
+	}
+	var answer json.RawMessage
+	o := node.OperationRequest{ID: id.String(), Actor: operator(), Timeout: c.Duration("timeout"), Request: body}
+	err = node.NewLocal(node.DefaultPaths()).Operate(c.Context, kind, o, &answer, func(step string) { p.say("%s", step) })
+	return answer, err
+}
+
+// finish prints the result of an operation and the status that the cluster is in.
+func finish(c *cli.Context, kind string, result any) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 15*time.Second)
 	defer cancel()
-	s, err := local.Status(ctx)
+	s, err := node.NewLocal(node.DefaultPaths()).Status(ctx)
 	if err != nil {
 		return fmt.Errorf("%s is done, but the status cannot be read: %w", kind, err)
 	}
 	if c.Bool("json") {
-		return printJSON(os.Stdout, map[string]any{"result": answer, "status": s})
+		return printJSON(os.Stdout, map[string]any{"result": result, "status": s})
 	}
 	fmt.Fprintln(os.Stderr)
 	printStatus(os.Stdout, s)

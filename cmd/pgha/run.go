@@ -19,12 +19,16 @@ func runCommand() *cli.Command {
 	return &cli.Command{
 		Name: "run", Category: "daemon",
 		Usage: "run this host's node in the foreground (the systemd unit does this)",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "check", Usage: "only see whether this program could run it"}},
 		Action: func(c *cli.Context) error {
 			if err := noArgs(c); err != nil {
 				return err
 			}
 			if err := node.CheckRoot(); err != nil {
 				return err
+			}
+			if c.Bool("check") {
+				return node.Check(node.DefaultPaths())
 			}
 			return runNode(c.Context, node.DefaultPaths(), os.Stderr)
 		},
@@ -47,13 +51,17 @@ func runNode(ctx context.Context, paths node.Paths, w io.Writer) error {
 	opts := &slog.HandlerOptions{Level: level}
 	kept := slog.NewJSONHandler(file, opts)
 	log := slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, opts), kept))
-	n, err := node.Open(node.Options{Paths: paths, Log: log, Foreground: !systemd.Available() || os.Getenv("INVOCATION_ID") == ""})
+	image, err := node.BeginImage(paths, log)
+	if err != nil {
+		return err
+	}
+	n, err := node.Open(node.Options{Paths: paths, Log: log, Foreground: !systemd.Available() || os.Getenv("INVOCATION_ID") == "", Image: image})
 	if err != nil {
 		// Whoever started it is told by the error; pgha status finds it in the file.
 		slog.New(kept).Error("cannot start", "component", "pgha", "err", err)
-		return err
+		return image.Ended(ctx, err)
 	}
-	return n.Run(ctx)
+	return image.Ended(ctx, n.Run(ctx))
 }
 
 func versionCommand() *cli.Command {
@@ -64,7 +72,7 @@ func versionCommand() *cli.Command {
 				return err
 			}
 			if c.Bool("json") {
-				return printJSON(os.Stdout, map[string]string{"version": node.Version, "go": runtime.Version()})
+				return printJSON(os.Stdout, node.Self(runtime.Version()))
 			}
 			fmt.Printf("pgha %s (%s)\n", node.Version, runtime.Version())
 			return nil

@@ -71,6 +71,8 @@ func statusDown(ctx context.Context, paths node.Paths, asJSON bool, cause error)
 		why, todo = "pgha status needs root", []string{"sudo pgha status"}
 	case err != nil:
 		why = err.Error()
+	case state.Removed != nil:
+		why, todo = state.Removed.RemovalText(state.ClusterName), []string{node.RemovalToDo}
 	case errors.Is(cause, node.ErrNotRunning):
 		why = fmt.Sprintf("pgha is not running on this host, which is the %s node %q of cluster %q", state.Role, state.Node, state.ClusterName)
 		if _, err := node.LoadConfig(paths.Config()); err != nil {
@@ -113,6 +115,9 @@ func printStatus(w io.Writer, s node.Status) {
 		if len(s.Gate.Failovers) > 0 {
 			fmt.Fprintf(w, "Failover %s\n", node.FailoverText(s.Gate.Failovers[0]))
 		}
+	}
+	if s.Planned != nil {
+		fmt.Fprintf(w, "Planned  %s (pgha switchover --cancel)\n", s.Planned)
 	}
 	fmt.Fprintln(w)
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
@@ -163,6 +168,8 @@ func stateText(m node.MemberStatus) string {
 		return "running"
 	case m.State == "":
 		return "starting"
+	case m.Maintenance != nil:
+		return m.State + " (maintenance)"
 	}
 	return m.State
 }

@@ -3,9 +3,11 @@
 package fsx
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,7 +19,13 @@ const Keep = -1
 // WriteFile replaces path atomically: it writes a temporary file in the same
 // directory, sets mode and owner before the content can be read, syncs it,
 // renames it over path and syncs the directory. uid and gid may be Keep.
-func WriteFile(path string, data []byte, mode fs.FileMode, uid, gid int) (err error) {
+func WriteFile(path string, data []byte, mode fs.FileMode, uid, gid int) error {
+	return WriteFrom(path, bytes.NewReader(data), mode, uid, gid)
+}
+
+// WriteFrom is WriteFile for content that does not have to be in memory. An error
+// of r, which may be one about its content, leaves path as it was.
+func WriteFrom(path string, r io.Reader, mode fs.FileMode, uid, gid int) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".tmp-*")
 	if err != nil {
@@ -36,7 +44,7 @@ func WriteFile(path string, data []byte, mode fs.FileMode, uid, gid int) (err er
 	if err = f.Chmod(mode); err != nil {
 		return fmt.Errorf("set mode of %s: %w", path, err)
 	}
-	if _, err = f.Write(data); err != nil {
+	if _, err = io.Copy(f, r); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	if err = f.Sync(); err != nil {

@@ -34,7 +34,7 @@ func InstallPackages(ctx context.Context, pkgs []Package, out io.Writer) error {
 	if len(pkgs) == 0 {
 		return nil
 	}
-	i := installer{dropIn: DropInPath, policy: policyGuard{path: "/usr/sbin/policy-rc.d"}}
+	i := installer{dropIn: DropInPath, policy: policyGuard{path: policyPath}}
 	if !IsRoot() {
 		return fmt.Errorf("install %s: not root: run the command with sudo", names(pkgs))
 	}
@@ -63,7 +63,7 @@ type installer struct {
 	policy policyGuard
 }
 
-func (i installer) install(ctx context.Context, pkgs []Package, out io.Writer) (err error) {
+func (i installer) install(ctx context.Context, pkgs []Package, out io.Writer, options ...string) (err error) {
 	apt, err := exec.LookPath("apt-get")
 	if err != nil {
 		_, _, pretty, _ := OSRelease()
@@ -88,8 +88,8 @@ func (i installer) install(ctx context.Context, pkgs []Package, out io.Writer) (
 	// update fails, the list that is there may still do.
 	updateErr := runApt(ctx, apt, out, "update")
 	args := append([]string{"--yes", "--no-install-recommends",
-		"-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold", "--"},
-		strings.Fields(names(pkgs))...)
+		"-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"}, options...)
+	args = append(append(args, "--"), strings.Fields(names(pkgs))...)
 	if err := runApt(ctx, apt, out, "install", args...); err != nil {
 		return fmt.Errorf("install %s: %w", names(pkgs), errors.Join(err, updateErr))
 	}

@@ -10,6 +10,9 @@ import (
 	"pgha/internal/fsx"
 )
 
+// policyPath is where Debian's packages look for the script.
+const policyPath = "/usr/sbin/policy-rc.d"
+
 // policyGuard puts a policy-rc.d of ours in the place of the host's own, if it
 // has one. Debian's packages ask it before they start a service.
 type policyGuard struct {

@@ -10,7 +10,7 @@ import (
 const module = "pgha/"
 
 // middle are the packages that know one thing each, and not of each other.
-var middle = []string{"cluster", "embedded", "firewall", "gate", "haproxy", "patroni", "pki", "postgres", "supervisor", "systemd"}
+var middle = []string{"cluster", "embedded", "firewall", "gate", "haproxy", "patroni", "pki", "postgres", "sqladmin", "supervisor", "systemd"}
 
 // part is the part of the tree that a package belongs to.
 func part(dir string) string {

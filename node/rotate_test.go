@@ -1,0 +1,82 @@
+package node
+
+import (
+	"strings"
+	"testing"
+
+	"pgha/cluster"
+)
+
+func TestDecideRotation(t *testing.T) {
+	trust, sign, done := cluster.CATrust, cluster.CASign, cluster.CADone
+	for _, tc := range []struct {
+		name            string
+		phase           cluster.CAPhase
+		step            string
+		behind, joining []string
+		plan            caPlan
+		why             string
+	}{
+		{"start", done, RotateCAStart, nil, nil, caStart, ""},
+		{"start again, to wait", trust, RotateCAStart, []string{"n2"}, nil, caAwait, ""},
+		{"start again, all have confirmed", trust, RotateCAStart, nil, nil, caAwait, ""},
+		{"start while the next signs", sign, RotateCAStart, nil, nil, caRefuse, "--finish"},
+		{"start before the last has ended", done, RotateCAStart, []string{"n2"}, nil, caRefuse, "n2 has not confirmed the end"},
+		{"start while a node joins", done, RotateCAStart, nil, []string{"n3"}, caRefuse, "n3 is just joining"},
+		{"sign", trust, RotateCASign, nil, nil, caSign, ""},
+		{"sign while one does not trust the next", trust, RotateCASign, []string{"n2", "w"}, nil, caRefuse, "n2 and w has not confirmed"},
+		{"sign while a node joins", trust, RotateCASign, nil, []string{"n3"}, caRefuse, "n3 is just joining"},
+		{"sign again, to wait", sign, RotateCASign, []string{"n2"}, nil, caAwait, ""},
+		{"sign without a start", done, RotateCASign, nil, nil, caRefuse, "begin one"},
+		{"finish", sign, RotateCAFinish, nil, nil, caDrop, ""},
+		{"finish while one still has old certificates", sign, RotateCAFinish, []string{"w"}, nil, caRefuse, "pgha rotate ca --sign again"},
+		{"finish before the next signs", trust, RotateCAFinish, nil, nil, caRefuse, "does not sign yet"},
+		{"finish again, to wait", done, RotateCAFinish, []string{"n2"}, nil, caAwait, ""},
+		{"finish what was not begun", done, RotateCAFinish, nil, nil, caRefuse, "begin one"},
+		{"back from signing", sign, RotateCABack, nil, nil, caBack, ""},
+		{"back from signing, while one is down", sign, RotateCABack, []string{"n2"}, nil, caBack, ""},
+		{"back from the start", trust, RotateCABack, nil, nil, caDrop, ""},
+		{"back from the start, while one is down", trust, RotateCABack, []string{"n2"}, []string{"n3"}, caDrop, ""},
+		{"back from nothing", done, RotateCABack, nil, nil, caRefuse, "nothing to go back from"},
+		{"no step", trust, "jump", nil, nil, caRefuse, "is no step"},
+	} {
+		plan, why := decideRotation(tc.phase, tc.step, tc.behind, tc.joining)
+		if plan != tc.plan || !strings.Contains(why, tc.why) || (plan == caRefuse) != (why != "") {
+			t.Errorf("%s: plan %d, %q; want %d, %q", tc.name, plan, why, tc.plan, tc.why)
+		}
+	}
+}
+
+func TestDecideEtcdTurn(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		facts etcdTurnFacts
+		why   string // "" = it may
+	}{
+		{"all voters answer", etcdTurnFacts{voter: true}, ""},
+		{"a voter is silent", etcdTurnFacts{voter: true, silent: []string{"w"}}, "cost the quorum, for w"},
+		{"a learner costs no quorum", etcdTurnFacts{silent: []string{"w"}}, ""},
+		{"another's turn", etcdTurnFacts{voter: true, turn: "n2"}, "the turn of n2"},
+		{"a learner waits for its turn too", etcdTurnFacts{turn: "n2"}, "the turn of n2"},
+	} {
+		ok, why := decideEtcdTurn(tc.facts)
+		if ok != (tc.why == "") || !strings.Contains(why, tc.why) {
+			t.Errorf("%s: %v, %q; want %q", tc.name, ok, why, tc.why)
+		}
+	}
+}
+
+func TestBlocked(t *testing.T) {
+	for _, tc := range []struct {
+		silent, waiting []string
+		want            string
+	}{
+		{nil, nil, ""},
+		{[]string{"n2"}, nil, "n2 does not answer"},
+		{[]string{"n2", "w"}, []string{"n1 (its etcd is starting)"}, "n2 and w do not answer; waiting for n1 (its etcd is starting)"},
+	} {
+		if got := blocked(tc.silent, tc.waiting); got != tc.want {
+			t.Errorf("blocked(%v, %v) = %q, want %q", tc.silent, tc.waiting, got, tc.want)
+		}
+	}
+}
