@@ -217,7 +217,7 @@ func decideJoin(f joinFacts, req JoinRequest, csrHash string) (joinAction, error
 	}
 	action := joinNew
 	for _, m := range f.members {
-		if m.Name == f.token.Replaces { // its name and address become free
+		if m.Name == f.token.Replaces && m.TokenID != f.token.ID { // its name and address become free
 			action = joinReplace
 			continue
 		}

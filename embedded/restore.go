@@ -26,7 +26,7 @@ const revisionBump = 1_000_000_000
 // find nobody who would listen to them, now or later. cfg.DataDir must be absent
 // or empty. cfg.Token stays what the data is known by.
 //
-// db is what UnpackSnapshot has written.
+// db is what UnpackSnapshot has written, or the Database of a stopped member.
 func Restore(db string, cfg Config) (err error) {
 	cfg, err = cfg.complete()
 	if err != nil {

@@ -233,6 +233,11 @@ func Keys(db string) (keys map[string][]byte, revision int64, err error) {
 	return keys, revision, err
 }
 
+// Database is where the member of cfg keeps its keyspace. While it is stopped it
+// can be restored from as an unpacked snapshot can; the last moments before a
+// crash may be in its log alone.
+func (c Config) Database() string { return c.dbPath() }
+
 // KeysOf is Keys for the member of cfg, which must be stopped.
 func KeysOf(cfg Config) (map[string][]byte, int64, error) {
 	keys, rev, err := Keys(cfg.dbPath())

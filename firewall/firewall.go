@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"pgha/internal/nftwatch"
 )
 
 // table is the one table that this package writes.
@@ -167,20 +169,9 @@ func (f *Firewall) transaction(ctx context.Context, do func(*nftables.Conn) erro
 	}
 	conn, err := nftables.New(nftables.WithNetNSFd(f.netns), nftables.AsLasting())
 	if err != nil {
-		return fmt.Errorf("connect to nf_tables: %w", explain(err))
+		return fmt.Errorf("connect to nf_tables: %w", nftwatch.Explain(err))
 	}
-	return errors.Join(explain(do(conn)), conn.CloseLasting())
-}
-
-// explain adds what to do to the errors that an operator can do something about.
-func explain(err error) error {
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
-	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
-		return fmt.Errorf("%w: this kernel has no nf_tables", err)
-	}
-	return err
+	return errors.Join(nftwatch.Explain(do(conn)), conn.CloseLasting())
 }
 
 // replace sends the ruleset as one batch. Adding the table first makes its

@@ -94,6 +94,9 @@ func decideTakeover(o observation, g guards) (bool, string) {
 		return false, "Patroni here does not answer"
 	case v.Lease == 0:
 		return false, "Patroni here has no session in etcd"
+	case v.Timeline == 0 && o.local.Timeline != 0 && v.Synchronous && v.Record.State == Shut:
+		// A PostgreSQL that has stopped has none. Whoever is in the sync key has
+		// confirmed its commits, and so is on its timeline.
 	case v.Timeline == 0 || v.Timeline != o.local.Timeline:
 		return false, fmt.Sprintf("PostgreSQL here is on timeline %d, that of %s on %d", o.local.Timeline, owner, v.Timeline)
 	}

@@ -23,8 +23,8 @@
 //     the candidate's own clock has measured it with a margin, or before the
 //     last one has said that its gate is shut. It says so after its kernel has
 //     confirmed it, and opens again only with another commit.
-//   - Nobody is promoted who is not the owner, and a replica's element is gone
-//     before its node becomes one.
+//   - Nobody is promoted who is not the owner, or while a replica's element may be
+//     left.
 //   - An answer that is lost counts as whatever is worse. No transaction is
 //     sent twice, and each is bound to the revision of the record that it knows,
 //     so that one that is carried out late does no harm.

@@ -16,7 +16,7 @@ const (
 	guardQuorum                         // a candidate has had a quorum for a while
 	guardPause                          // the kernel's deadline is absolute
 	guardOutput                         // answers are stopped too
-	guardShutFirst                      // a replica's gate is shut before the node becomes owner
+	guardShutFirst                      // a replica's gate is shut before PostgreSQL may be promoted
 	guardOutstanding                    // a shorter promise covers a longer one before it
 	guardOath                           // who promised to keep off keeps off
 	guardAsk                            // without a quorum the gate stays open only if all others agree

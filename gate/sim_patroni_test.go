@@ -82,7 +82,11 @@ func (p *patroni) keep() {
 		p.lease = e.grant()
 	}
 	e.leases[p.lease] = p.h.w.now + session
-	e.members[p.h.id] = member{p.lease, p.h.pg.on.timeline}
+	timeline := p.h.pg.on.timeline
+	if p.h.pg.state == Gone {
+		timeline = 0 // it is asked for it
+	}
+	e.members[p.h.id] = member{p.lease, timeline}
 }
 
 func (p *patroni) act(s snapshot) {

@@ -77,7 +77,7 @@ func (n *Node) serveRemote(ctx context.Context) error {
 	joins := n.joinHandler()
 	mux.Handle("POST "+cluster.PathJoin, joins)
 	mux.Handle("GET "+cluster.PathHello, joins)
-	mux.Handle("POST "+cluster.PathRenew, joins)
+	mux.Handle("POST "+cluster.PathRenew, n.renewals(joins))
 	mux.Handle("GET /v1/node", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.report(r.Context()), nil) }))
 	mux.Handle("GET "+pathAlive, n.peersOnly(func(w http.ResponseWriter, _ *http.Request) { reply(w, struct{}{}, nil) }))
 	mux.Handle("GET /v1/status", n.peersOnly(func(w http.ResponseWriter, r *http.Request) { reply(w, n.status(r.Context()), nil) }))
@@ -132,6 +132,9 @@ func (n *Node) peersOnly(h http.HandlerFunc) http.Handler {
 		id, err := n.caller(r)
 		if err == nil && !n.onRoster(id.Node) {
 			err = noPeer(fmt.Errorf("node %q is not a member of this cluster", id.Node))
+		}
+		if err == nil {
+			err = n.ofThisLife(r, id.Node)
 		}
 		if err != nil {
 			reply(w, nil, err)
@@ -205,11 +208,19 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler, log *slog.Lo
 }
 
 // decode reads a JSON request: of the command line strictly, so that no wish is
-// ignored, of a peer without that, for a newer one may have more to say. What a
-// peer must not ignore needs a path of its own.
+// ignored, of a peer without that, for a newer version may have more to say.
 func decode(w http.ResponseWriter, r *http.Request, v any) error {
+	return decodeAs(w, r, v, r.TLS == nil)
+}
+
+// decodeStrictly is decode for what must not be done by halves, of a peer too.
+func decodeStrictly(w http.ResponseWriter, r *http.Request, v any) error {
+	return decodeAs(w, r, v, true)
+}
+
+func decodeAs(w http.ResponseWriter, r *http.Request, v any, strictly bool) error {
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, apiBody))
-	if r.TLS == nil {
+	if strictly {
 		d.DisallowUnknownFields()
 	}
 	if err := d.Decode(v); err != nil {

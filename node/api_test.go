@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"os"
 	"strings"
 	"testing"
@@ -153,6 +154,8 @@ func TestRemoteAPI(t *testing.T) {
 	}{
 		{"a member", pinned(mine.GetClientCertificate), roster(), ""},
 		{"a member, before the roster is read", pinned(mine.GetClientCertificate), nil, ""},
+		{"a host that was replaced by another of its name", pinned(mine.GetClientCertificate), joinedAgain(time.Hour), "this host was replaced"},
+		{"a host whose clock was behind when it joined", pinned(mine.GetClientCertificate), joinedAgain(time.Minute), ""},
 		{"a node that was removed", pinned(mine.GetClientCertificate), roster()[1:], `node \"n1\" is not a member`},
 		{"no certificate", pinned(nil), roster(), "needs the certificate of a node"},
 		{"the operator's certificate", pinned(admin.ClientConfig(nil).GetClientCertificate), roster(), "not of a node"},
@@ -182,6 +185,13 @@ func TestRemoteAPI(t *testing.T) {
 			t.Errorf("error %v", err)
 		}
 	})
+}
+
+// joinedAgain is the roster with an n1 that has joined a while from now.
+func joinedAgain(d time.Duration) []cluster.Member {
+	out := slices.Clone(roster())
+	out[0].JoinedAt = time.Now().Add(d)
+	return out
 }
 
 func TestIsPeer(t *testing.T) {

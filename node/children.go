@@ -383,11 +383,15 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 	if err != nil {
 		return err
 	}
+	n.haproxyStale = n.haproxyStale || changed // until a reload has come through
 	switch st := n.haproxy.Status().State; {
 	case st == supervisor.Stopped:
 		return n.haproxy.Start(ctx)
-	case changed && st == supervisor.Running:
-		return n.reloadHAProxy(ctx)
+	case n.haproxyStale && st == supervisor.Running:
+		if err := n.reloadHAProxy(ctx); err != nil {
+			return err
+		}
+		n.haproxyStale = false
 	}
 	return nil
 }

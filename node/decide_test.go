@@ -293,6 +293,9 @@ func TestFirewallPolicy(t *testing.T) {
 			Mode: FirewallPorts, Ports: firewall.Ports{EtcdPeer: 2380, API: 8432}, Members: addrs("10.0.0.1", "10.0.0.2", "10.0.0.3"),
 			Clients: clients, Probes: addrs("168.63.129.16"), JoinOpen: true,
 		}},
+		{"former members may ask what became of them", cluster.RoleData, State{}, world{Members: roster(), Former: []cluster.FormerMember{
+			{Name: "n2", Addr: addrs("10.0.0.9")[0]}, {Name: "n4", Addr: addrs("10.0.0.2")[0]}, {Name: "n2", Addr: addrs("10.0.0.9")[0]},
+		}}, firewall.Policy{Mode: FirewallPorts, Ports: all, Members: addrs("10.0.0.1", "10.0.0.2", "10.0.0.3"), Former: addrs("10.0.0.9")}},
 		{"the first start lets in whom the cluster's answer named", cluster.RoleData, State{InitialCluster: map[string]string{
 			"n1": "https://10.0.0.1:2380", "n2": "https://10.0.0.2:2380", "bad": "nonsense", "worse": "https://host:2380",
 		}}, world{}, firewall.Policy{Mode: FirewallPorts, Ports: all, Members: addrs("10.0.0.1", "10.0.0.2")}},

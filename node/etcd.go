@@ -26,12 +26,12 @@ const retryEtcd = 5 * time.Second
 func (n *Node) runEtcd(ctx context.Context) error {
 	fatal := make(chan error, 1)
 	if !n.mayStartEtcd(ctx) {
-		<-ctx.Done()
+		n.jobsOnly(ctx)
 		return nil
 	}
 	for ctx.Err() == nil {
 		if n.isBarred() != nil {
-			<-ctx.Done()
+			n.jobsOnly(ctx)
 			return nil
 		}
 		if n.removal.Load() != nil {
@@ -77,10 +77,6 @@ func (n *Node) runEtcd(ctx context.Context) error {
 		if n.isBarred() != nil {
 			continue // it was stopped for that
 		}
-		if errors.Is(err, errEtcdRestart) {
-			n.log.Info("etcd starts again", "why", "to load the CA certificates")
-			continue
-		}
 		if n.removal.Load() != nil {
 			continue // it was stopped for that
 		}
@@ -114,10 +110,6 @@ func (n *Node) superviseEtcd(ctx context.Context, srv *embedded.Server, fatal <-
 			return nil
 		case err := <-fatal:
 			return fmt.Errorf("%w: %w", errEtcdFatal, err)
-		case asked := <-n.etcdAgain:
-			if asked == srv {
-				return errEtcdRestart
-			}
 		case job := <-n.lineage.jobs:
 			return errEtcdJob{job}
 		case <-n.lineage.bar:

@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -20,9 +19,6 @@ const (
 	etcdTurn = 60
 	keyTurn  = "etcd-turn"
 )
-
-// errEtcdRestart ends an etcd member that is to be started again at once.
-var errEtcdRestart = errors.New("etcd starts again to load the CA certificates")
 
 // etcdTrustDiffers says what etcd waits for if it trusts other CAs than ca.crt
 // holds; "" if it does not. It reads them when it starts.
@@ -132,10 +128,8 @@ func (n *Node) restartEtcd(ctx context.Context, srv *embedded.Server, turn clien
 	if err := n.promiseRestart(); err != nil { // clients must not notice
 		return err
 	}
-	select {
-	case n.etcdAgain <- srv:
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := n.withoutEtcd(ctx, func(context.Context) error { return nil }); err != nil {
+		return err
 	}
 	for sleep(ctx, 20*time.Millisecond) {
 		next := n.etcd.Load()

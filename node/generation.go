@@ -124,14 +124,19 @@ func (n *Node) generation() Generation {
 	return n.lineage.own
 }
 
-// setGeneration makes g this node's own, durably.
+// setGeneration makes g this node's own, durably. A node that begins a new one is
+// barred no more from its next start on.
 func (n *Node) setGeneration(g Generation) error {
 	l := &n.lineage
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	kept := g
 	kept.Former = nil
-	if err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: l.barred}, 0o600); err != nil {
+	bar := l.barred
+	if g.By == n.cfg.Name && g.replaces(l.own) {
+		bar = nil
+	}
+	if err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: bar}, 0o600); err != nil {
 		return fmt.Errorf("note generation: %w", err)
 	}
 	l.own = g
@@ -167,6 +172,9 @@ func (n *Node) barNode(b barred) {
 	close(l.bar)
 	err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: &b}, 0o600)
 	l.mu.Unlock()
+	if b.Kind == barReplaced { // it is no member any more, and can be reset as any other that is none
+		err = errors.Join(err, n.changeState(func(s *State) { s.Removed = &Removal{At: b.At.Truncate(time.Second), Why: b.Text} }))
+	}
 	n.log.Error("this node is out of service", "kind", b.Kind, "why", b.Text)
 	n.problem("note that this node is out of service", err)
 	go func() { _ = n.endService(context.Background()) }() // its troubles are problems
@@ -217,7 +225,7 @@ func olderThan(name, witness string, seen, has mark) barred {
 		Text: fmt.Sprintf("this node's disk is older than what %s has seen of it (start %d beat %d there, start %d beat %d here): it was put back from a snapshot or a copy, and must not vote or serve as what it was then",
 			witness, seen.Start, seen.Beat, has.Start, has.Beat),
 		ToDo: []string{
-			fmt.Sprintf("if the others have a quorum: pgha reset --force here, pgha member remove %s on another node, then pgha join TOKEN with a new token; the data is copied anew", name),
+			fmt.Sprintf("if the others have a quorum: pgha reset --force here, pgha member replace %s on another node, then pgha join here with the token that it prints; the data is copied anew", name),
 			"if no other node can go on: pgha recover quorum on the data node that was never put back, or least far",
 		},
 	}

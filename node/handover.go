@@ -49,6 +49,11 @@ func (s *sayer) Say(format string, args ...any) { s.say(format, args...) }
 // Leaves implements steps.
 func (s *sayer) Leaves(format string, args ...any) { s.left = fmt.Sprintf(format, args...) }
 
+// logSteps is for what nobody watches.
+func (n *Node) logSteps(what string) steps {
+	return &sayer{say: func(format string, args ...any) { n.log.Info(what, "step", fmt.Sprintf(format, args...)) }}
+}
+
 // handOver moves PostgreSQL's leadership to the replica called target, or with ""
 // to the best one, and tells each step with say. It works on any data node and
 // returns the new primary when that takes writes and the old one is back as its

@@ -169,7 +169,7 @@ func adviceFor(self string, role cluster.NodeRole, members []cluster.Member, ans
 	h := decideHolding(self, k)
 	newer := "; what others have acknowledged after that without this node would be on their disks alone"
 	out = append(out, h.Text+newer)
-	if len(answering) == 0 {
+	if len(missing) == len(members)-1 {
 		out = append(out, fmt.Sprintf("only if %s are lost for good (destroyed, or powered off and never to return as they are): pgha recover quorum", strings.Join(missing, " and ")))
 	}
 	return out

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -48,7 +49,7 @@ func (n *Node) memberLeaveHandler(w http.ResponseWriter, r *http.Request) {
 	var req MemberLeave
 	id, err := n.caller(r)
 	if err == nil {
-		err = decode(w, r, &req)
+		err = decodeStrictly(w, r, &req)
 	}
 	if err == nil && req.MemberID == 0 {
 		err = refused(cluster.CodeBadRequest, "a node that leaves must name its etcd member")
@@ -57,9 +58,20 @@ func (n *Node) memberLeaveHandler(w http.ResponseWriter, r *http.Request) {
 		// A caller that hangs up must not stay half a member.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), takeOutTimeout)
 		defer cancel()
-		err = n.takeOut(ctx, departure{name: id.Node, member: req.MemberID, by: req.By, why: req.Why})
+		err = n.takeOut(ctx, departure{name: id.Node, member: req.MemberID, by: clipped(req.By), why: clipped(req.Why)})
 	}
 	reply(w, struct{}{}, err)
+}
+
+// clipped bounds what another node says of itself before it is kept and shown.
+func clipped(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return -1
+		}
+		return r
+	}, s)
+	return strings.ToValidUTF8(s[:min(len(s), 200)], "")
 }
 
 // leaveRequest says how a node leaves.
@@ -72,9 +84,6 @@ type leaveRequest struct {
 // another node first, then a remaining member takes the node out. The last node
 // of a cluster has nobody to tell: nothing is done.
 func (n *Node) leave(ctx context.Context, tell steps, r leaveRequest) error {
-	if b := n.isBarred(); b != nil && b.Kind == barReplaced {
-		return nil // there is nothing left that it could leave
-	}
 	srv := n.etcd.Load()
 	if srv == nil || n.store.Load() == nil {
 		return n.notReady()

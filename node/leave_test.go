@@ -178,6 +178,18 @@ func TestTakeOut(t *testing.T) {
 	if got, want := l.known(), "n1 n2 n3, etcd n1 n2 n3"; got != want {
 		t.Errorf("without n4: %q, want %q", got, want)
 	}
+	lock := func(node string) {
+		t.Helper()
+		_, err := l.servers["n1"].Client().Put(l.long(), l.n.operationKey(), `{"kind":"leave","node":"`+node+`"}`)
+		l.must(err)
+	}
+	locked := func() bool {
+		t.Helper()
+		r, err := l.servers["n1"].Client().Get(l.long(), l.n.operationKey())
+		l.must(err)
+		return len(r.Kvs) > 0
+	}
+	lock("n2")
 	// A leader that leaves hands over first; a member that does not answer may
 	// be taken out as long as the rest does.
 	id := l.id("n2")
@@ -197,6 +209,10 @@ func TestTakeOut(t *testing.T) {
 		t.Errorf("n1 does not lead etcd: %+v, %v", st, err)
 	}
 
+	if locked() {
+		t.Error("nobody could end the lock of n2's operation any more")
+	}
+	lock("n1")
 	// It is remembered as what it was, once, and what it could come back with is gone.
 	former, err := l.n.store.Load().Former(l.long())
 	l.must(err)
@@ -221,6 +237,9 @@ func TestTakeOut(t *testing.T) {
 	l.must(l.n.takeOut(l.long(), departure{name: "n3", member: id, by: "root@n1", why: "a test"}))
 	if got, want := l.known(), "n1, etcd n1"; got != want {
 		t.Errorf("without n3: %q, want %q", got, want)
+	}
+	if !locked() {
+		t.Error("an operation of n1 has lost its lock")
 	}
 }
 

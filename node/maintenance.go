@@ -31,12 +31,12 @@ const (
 
 // maintenanceObservation is what decideMaintenance looks at.
 type maintenanceObservation struct {
-	node     string
-	leave    bool
-	force    bool
-	leader   string
-	refusal  error // why nobody can take over from the leader; nil = somebody can
-	members  []handOverMember
+	node    string
+	leave   bool
+	force   bool
+	leader  string
+	refusal error // why nobody can take over from the leader; nil = somebody can
+	members []handOverMember
 }
 
 type maintenanceAction string

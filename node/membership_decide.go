@@ -82,7 +82,8 @@ type removeObservation struct {
 	known   []string // the nodes of the roster
 	ghost   bool     // no node of the roster, but etcd or Patroni has something of it
 	self    bool
-	joining bool // its join has not finished, and its etcd member has never run
+	joining bool   // its join has not finished, and its etcd member has never run
+	etcd    uint64 // its etcd member, 0 = it has none
 }
 
 // decideRemove says why another node cannot be taken out, or nil.
@@ -112,6 +113,8 @@ type replaceObservation struct {
 	owner   bool // the gate or Patroni's leader key is its own still
 	role    cluster.NodeRole
 	as      cluster.NodeRole // what the operator wants in its place; "" = the same
+	etcd    uint64           // its etcd member, 0 = it has none
+	token   string           // the id of the one that it joined with
 }
 
 // decideReplace says why another node cannot take the place of one, or nil. It

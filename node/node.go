@@ -62,9 +62,10 @@ type Node struct {
 	store atomic.Pointer[cluster.Store]
 
 	etcdTrust atomic.Pointer[[]byte] // the CA certificates that etcd was started with
-	etcdAgain chan *embedded.Server  // asks for a restart of that member
 	rotation  follower               // used by the reconciler, and why under mu
 	turnWaits string                 // under mu: what a restart of etcd waits for
+
+	haproxyStale bool // used by the reconciler: HAProxy has not loaded its configuration
 
 	founded atomic.Bool             // state.Founded as it is now; state itself never changes
 	leaving atomic.Bool             // this node is leaving: what it has stopped stays so
@@ -140,7 +141,6 @@ func Open(opts Options) (*Node, error) {
 		paths: opts.Paths, cfg: cfg, state: state, opts: opts,
 		log:       opts.Log.With("component", "pgha"),
 		kick:      make(chan struct{}, 1),
-		etcdAgain: make(chan *embedded.Server),
 		problems:  map[string]string{},
 		rest:      map[[3]string]*patroni.Client{},
 		etcdState: "starting",

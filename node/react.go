@@ -233,21 +233,18 @@ func (r *reactor) quorumRounds(ctx context.Context) func() {
 			primary: s.Self && s.State == gate.Open && r.watcher.Latest().Kind == postgres.Primary,
 			lost:    s.Lost, retry: time.Duration(retry * float64(time.Second)),
 		}
-		hold, why := decideWithoutQuorum(o)
+		hold, _ := decideWithoutQuorum(o)
 		if hold == o.held || ctx.Err() != nil || r.n.stopping.Load() || r.n.leaving.Load() {
 			return
 		}
 		r.quorumHeld.Store(hold)
 		var err error
 		if hold {
-			r.n.log.Warn("Patroni is held; PostgreSQL goes on", "why", why)
 			stop, cancel := context.WithTimeout(ctx, 10*time.Second)
 			defer cancel()
-			err = r.n.patroni.StopBy(stop, syscall.SIGKILL)
-		} else {
-			r.n.log.Info("Patroni goes on", "why", why)
+			err = errors.Join(errors.New(r.held()), r.n.patroni.StopBy(stop, syscall.SIGKILL))
 		}
-		r.n.partProblem(ctx, "patroni hold", err)
+		r.n.partProblem(ctx, "patroni held", err)
 		r.n.wake()
 	}
 }
@@ -285,10 +282,10 @@ func (r *reactor) diskRounds(ctx context.Context) func() {
 		r.n.partProblem(ctx, "disk", err)
 		if candidate != "" && ctx.Err() == nil {
 			switched = now
-			r.n.log.Warn("handing the primary over", "to", candidate, "why", why)
+			r.n.event(EventRole, r.n.cfg.Name, actorPgha, "handing the primary over to %s: %s", candidate, why)
 			ctx, cancel := context.WithTimeout(ctx, time.Minute)
 			defer cancel()
-			err := r.n.restClient(w, r.n.cfg.Address, r.n.cfg.Ports.Patroni).Switchover(ctx, r.n.cfg.Name, candidate)
+			_, err := r.n.moveLeadership(ctx, r.n.logSteps("hand-over for want of disk"), candidate, false)
 			r.n.partProblem(ctx, "hand-over for want of disk", err)
 		}
 	}

@@ -78,6 +78,7 @@ func (n *Node) reconcile(ctx context.Context) {
 	}
 	n.partProblem(ctx, "gate", n.keeper.reconcile(ctx, w))
 	n.told.children(n)
+	n.followed(w)
 }
 
 // partProblem is problem for what was done under ctx: that it was cut short
@@ -263,7 +264,7 @@ func (n *Node) firewallPolicy(w world) firewall.Policy {
 			Stats: n.cfg.Ports.Stats, Health: n.cfg.Ports.Health, API: n.cfg.Ports.API,
 		},
 		Clients: w.Settings.ClientNets, Probes: w.Settings.ProbeAddrs, JoinOpen: w.JoinOpen,
-		Former: formerAddrs(w),
+		Former: formerAddrs(w, n.formerAddrs()),
 	}
 	if n.cfg.Role == cluster.RoleWitness {
 		// A witness uses two ports; what else listens there is the host's own.

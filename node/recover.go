@@ -2,16 +2,11 @@ package node
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -26,14 +21,8 @@ import (
 	"pgha/patroni"
 )
 
-const (
-	// probeTimeout bounds the look whether a port of another member answers.
-	probeTimeout = 1500 * time.Millisecond
-	// beginTimeout bounds the start of the new etcd, which is alone.
-	beginTimeout = 2 * time.Minute
-	// primaryTimeout is for how long a recovery waits for the primary.
-	primaryTimeout = 5 * time.Minute
-)
+// probeTimeout bounds the look whether a port of another member answers.
+const probeTimeout = 1500 * time.Millisecond
 
 // RecoverRequest asks to begin the cluster anew from this node.
 type RecoverRequest struct {
@@ -73,6 +62,7 @@ type recoverObservation struct {
 	witness         bool
 	dataNodes       []string // of the roster
 	outOfService    string   // why, or ""
+	older           bool     // it is out of service because its disk was put back
 	quorum          bool
 	answering       []string // other members whose ports answer, with the port
 	etcd            string   // why this node's own etcd cannot be read, or ""
@@ -93,7 +83,8 @@ func decideRecover(o recoverObservation) string {
 	case o.witness:
 		return fmt.Sprintf("this is a witness: it has no data and cannot open the cluster's secrets, so there is nothing to begin from. Run it on a data node (%s). If no data node is left, make a new cluster and restore the database from a backup",
 			strings.Join(o.dataNodes, ", "))
-	case o.outOfService != "":
+	case o.outOfService != "" && !(o.older && o.req.AllowDataLoss):
+		// Where every disk was put back, one of them is all there is.
 		return o.outOfService
 	case r != nil && r.ClusterID != o.clusterID:
 		return fmt.Sprintf("the snapshot is of cluster %s (%s), this node belongs to cluster %s", r.Cluster, r.ClusterID, o.clusterID)
@@ -148,6 +139,7 @@ func (n *Node) planRecovery(ctx context.Context, req RecoverRequest) (RecoverPla
 		self: n.cfg.Name, clusterID: n.state.ClusterID, witness: n.cfg.Role != cluster.RoleData, dataNodes: n.dataNodes(), req: req,
 	}
 	if b := n.isBarred(); b != nil {
+		o.older = b.Kind == barOlder
 		o.outOfService = b.Text + ": " + strings.Join(b.ToDo, "; ")
 	}
 	if r := n.removal.Load(); r != nil {
@@ -178,6 +170,9 @@ func (n *Node) planRecovery(ctx context.Context, req RecoverRequest) (RecoverPla
 	o.holds = decideHolding(n.cfg.Name, b.known)
 	if b.keys == nil && b.known.Record == nil {
 		o.holds = holding{Text: "nothing is known of this cluster but what the snapshot says, so nobody can say whether this node has every acknowledged commit"}
+	}
+	if o.older {
+		o.holds = holding{Text: "this node's disk was put back to an older state: it lacks whatever was acknowledged since"}
 	}
 	o.database = n.noDatabase()
 	others := slices.DeleteFunc(slices.Clone(b.roster), func(m cluster.Member) bool { return m.Name == n.cfg.Name })
@@ -345,299 +340,4 @@ func probeMembers(ctx context.Context, members []cluster.Member) (answering, war
 	slices.Sort(answering)
 	slices.Sort(warnings)
 	return answering, warnings
-}
-
-// recoverQuorum begins the cluster anew from this node's own etcd.
-func (n *Node) recoverQuorum(ctx context.Context, o *Operation, raw json.RawMessage) (any, error) {
-	var req RecoverRequest
-	if err := decodeRequest(raw, &req); err != nil {
-		return nil, err
-	}
-	if req.File != "" || req.Older {
-		return nil, refused(cluster.CodeBadRequest, "recover quorum takes no snapshot: pgha snapshot restore FILE")
-	}
-	return n.beginAnew(ctx, o, req)
-}
-
-// restoreSnapshot begins the cluster anew from a snapshot.
-func (n *Node) restoreSnapshot(ctx context.Context, o *Operation, raw json.RawMessage) (any, error) {
-	var req RecoverRequest
-	if err := decodeRequest(raw, &req); err != nil {
-		return nil, err
-	}
-	if req.File == "" {
-		return nil, refused(cluster.CodeBadRequest, "name the snapshot to restore: pgha snapshot list shows those there are")
-	}
-	return n.beginAnew(ctx, o, req)
-}
-
-// beginAnew makes this node the only one of a new generation.
-func (n *Node) beginAnew(ctx context.Context, o *Operation, req RecoverRequest) (RecoverResult, error) {
-	var r RecoverResult
-	o.Say("looking whether any other member answers")
-	p, b, err := n.planRecovery(ctx, req)
-	if err != nil {
-		return r, err
-	}
-	if p.Refusal != "" {
-		return r, refused(cluster.CodeConflict, "%s", p.Refusal)
-	}
-	o.Say("%s", p.Holds)
-	if n.etcd.Load() != nil {
-		if r.Snapshot, err = n.saveSnapshot(ctx, reasonBefore+"-"+o.kind); err != nil {
-			return r, fmt.Errorf("save the present state first: %w", err)
-		}
-		o.Say("the present state is saved in %s", r.Snapshot)
-	}
-	source := r.Snapshot
-	if req.File != "" {
-		source = req.File
-	}
-	raw := make([]byte, 8)
-	if _, err := rand.Read(raw); err != nil {
-		return r, fmt.Errorf("make generation: %w", err)
-	}
-	old := n.generation()
-	g := Generation{Number: p.Generation, ID: hex.EncodeToString(raw), At: time.Now().UTC().Truncate(time.Second), By: n.cfg.Name, Former: old.Former}
-	for _, m := range append(slices.Clone(b.roster), n.others()...) {
-		if m.Name != n.cfg.Name {
-			g.Former = slices.DeleteFunc(slices.Clone(g.Former), func(f cluster.Member) bool { return f.Name == m.Name })
-			g.Former = append(g.Former, m)
-		}
-	}
-	r.Generation, r.Lost, r.OldEtcd = g.Number, p.Lost, fmt.Sprintf("%s-generation%d-%s", n.paths.etcd(), max(old.Number, 1), g.At.Format("20060102T150405"))
-	o.Leaves("nothing has changed but that a snapshot was saved: run the command again")
-	// From here on it goes to its end, whoever hangs up.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), beginTimeout+primaryTimeout)
-	defer cancel()
-	o.Say("stopping this node's etcd")
-	if err := n.withoutEtcd(ctx, func(ctx context.Context) error { return n.replaceEtcd(ctx, o, source, g, b, r.OldEtcd) }); err != nil {
-		return r, err
-	}
-	o.Leaves("generation %d has begun on this node; pgha status says how far it has come", g.Number)
-	n.event(EventRecovery, n.cfg.Name, o.Actor(), "generation %d was begun on %s without %s. %s", g.Number, n.cfg.Name, strings.Join(p.Lost, ", "), p.Holds)
-	o.Say("generation %d has begun; the old etcd directory is %s", g.Number, r.OldEtcd)
-	r.Leader = n.awaitPrimary(ctx, o)
-	return r, nil
-}
-
-// awaitPrimary waits until this node's PostgreSQL takes writes, by the way that
-// every promotion goes.
-func (n *Node) awaitPrimary(ctx context.Context, o *Operation) string {
-	ctx, cancel := context.WithTimeout(ctx, primaryTimeout)
-	defer cancel()
-	o.Say("waiting until PostgreSQL here is the primary")
-	for {
-		if s := n.keeper.gate.Status(); s.Self && s.State == gate.Open && n.store.Load() != nil {
-			o.Say("%s is the primary", n.cfg.Name)
-			return n.cfg.Name
-		}
-		if !sleep(ctx, 100*time.Millisecond) {
-			o.Say("PostgreSQL here is no primary yet: pgha status says why")
-			return ""
-		}
-	}
-}
-
-// etcdJob is done while no etcd member runs in this daemon.
-type etcdJob struct {
-	run  func(context.Context) error
-	done chan error
-}
-
-// errEtcdJob ends the supervision of etcd for a job.
-type errEtcdJob struct{ etcdJob }
-
-func (errEtcdJob) Error() string { return "etcd is stopped for a recovery" }
-
-// withoutEtcd stops the etcd member, runs f, and has it started again.
-func (n *Node) withoutEtcd(ctx context.Context, f func(context.Context) error) error {
-	job := etcdJob{run: f, done: make(chan error, 1)}
-	wait, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	select {
-	case n.lineage.jobs <- job:
-	case <-wait.Done():
-		return fmt.Errorf("stop etcd: %w", wait.Err())
-	}
-	return <-job.done
-}
-
-// etcdPause waits before etcd is started again; a job is done meanwhile. It says
-// whether to go on.
-func (n *Node) etcdPause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case job := <-n.lineage.jobs:
-		job.done <- job.run(ctx)
-	case <-n.lineage.bar:
-	case <-t.C:
-	}
-	return ctx.Err() == nil
-}
-
-// replaceEtcd puts a new etcd with the source's keyspace in the place of this
-// node's. The new one is made and put right beside the old one, so that until the
-// exchange nothing has changed.
-func (n *Node) replaceEtcd(ctx context.Context, o *Operation, source string, g Generation, b basis, aside string) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, beginTimeout)
-	defer cancel()
-	if source == "" {
-		return errors.New("there is neither an etcd that runs here nor a snapshot to begin from")
-	}
-	fresh, db := n.paths.etcd()+".new", filepath.Join(n.paths.Lib, "recover.db")
-	for _, left := range []string{fresh, db} { // of an attempt that was cut off
-		if err := os.RemoveAll(left); err != nil {
-			return fmt.Errorf("clean up: %w", err)
-		}
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(db)) }()
-	var info SnapshotInfo
-	if err := embedded.UnpackSnapshot(source, db, &info); err != nil {
-		return err
-	}
-	cfg := n.etcdConfig(make(chan error, 1))
-	// Nobody may see it before it is right: Patroni waits on the client's port.
-	segment := int64(16 << 20)
-	cfg.DataDir, cfg.ClientURL, cfg.WALSegmentBytes, cfg.Bootstrap = fresh, "", segment, false
-	cfg.FatalFile = filepath.Join(fresh, "fatal.json")
-	o.Say("making a new etcd of one member from %s", source)
-	if err := embedded.Restore(db, cfg); err != nil {
-		return err
-	}
-	srv, err := embedded.Start(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	err = srv.WaitReady(ctx)
-	if err == nil {
-		err = n.amend(ctx, srv.Client(), o, g, b)
-	}
-	srv.Stop()
-	if err != nil {
-		return fmt.Errorf("prepare the new etcd: %w", err)
-	}
-	if err := embedded.Exchange(fresh, n.paths.etcd(), aside); err != nil {
-		return err
-	}
-	// A record of the old member's end says nothing of the new one.
-	if err := os.Remove(n.paths.etcdFatal()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		n.log.Warn("cannot remove the record of etcd's last failure", "err", err)
-	}
-	if err := n.setGeneration(g); err != nil {
-		return err
-	}
-	w := n.snapshot()
-	w.Members = slices.DeleteFunc(slices.Clone(w.Members), func(m cluster.Member) bool { return m.Name != n.cfg.Name })
-	n.remember(w)
-	return n.saveCache(w)
-}
-
-// amend takes out of a keyspace what must not come back from the past, and
-// writes what the new generation begins with.
-func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Generation, b basis) error {
-	store := cluster.NewStore(c, n.state.ClusterID)
-	id, err := store.Identity(ctx)
-	if err != nil {
-		return err
-	}
-	if id.ID != n.state.ClusterID {
-		return fmt.Errorf("%w: it holds cluster %s", cluster.ErrOtherCluster, id.ID)
-	}
-	p := patroni.Prefix(n.cfg.Cluster)
-	drop := []clientv3.Op{
-		// Who leads is decided anew. With the sync key gone Patroni lets this node
-		// alone be promoted, which is what was decided on.
-		clientv3.OpDelete(p + patroni.KeyLeader), clientv3.OpDelete(p+patroni.KeyMembers, clientv3.WithPrefix()),
-		clientv3.OpDelete(p + patroni.KeyFailover), clientv3.OpDelete(p + patroni.KeySync), clientv3.OpDelete(p + patroni.KeyStatus),
-		clientv3.OpDelete(p+"optime/", clientv3.WithPrefix()),
-		clientv3.OpDelete(store.Prefix()+"tokens/", clientv3.WithPrefix()),
-		clientv3.OpDelete(n.operationKey()),
-	}
-	for _, m := range b.roster {
-		if m.Name != n.cfg.Name {
-			drop = append(drop, clientv3.OpDelete(store.Prefix()+"members/"+m.Name))
-		}
-	}
-	if _, err := c.Txn(ctx).Then(drop...).Commit(); err != nil {
-		return fmt.Errorf("drop what is of the past: %w", err)
-	}
-	generation, err := json.Marshal(g)
-	if err != nil {
-		return fmt.Errorf("encode generation: %w", err)
-	}
-	put := []clientv3.Op{clientv3.OpPut(store.Prefix()+keyGeneration, string(generation))}
-	if r, ok := n.nextRecord(b); ok {
-		o.Say("the gate's record begins at epoch %d", r.Epoch)
-		put = append(put, clientv3.OpPut(gateStore{n}.key(), r.Encode()))
-	}
-	put = append(put, n.keptSecrets(store.Prefix(), b)...)
-	if _, err := c.Txn(ctx).Then(put...).Commit(); err != nil {
-		return fmt.Errorf("write the new generation: %w", err)
-	}
-	err = store.UpdateMember(ctx, n.cfg.Name, func(m *cluster.Member) error {
-		m.State, m.Maintenance = cluster.StateMember, nil // it is the only one left
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	for _, m := range g.Former {
-		f := cluster.FormerMember{Name: m.Name, Addr: m.Addr, Role: m.Role, MemberID: b.ids[m.PeerURL()], RemovedAt: g.At, By: o.Actor(),
-			Why: fmt.Sprintf("lost when generation %d was begun on %s", g.Number, g.By)}
-		if err := store.PutFormer(ctx, f); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// nextRecord is the gate's record for the new generation: the newest that is
-// known anywhere, an epoch on. It presumes nothing of its owner's gate: whoever
-// comes next waits until every promise in it is over, as for any other.
-func (n *Node) nextRecord(b basis) (gate.Record, bool) {
-	var newest *gate.Record
-	consider := func(r *gate.Record) {
-		if r != nil && (newest == nil || r.Epoch > newest.Epoch || r.Epoch == newest.Epoch && r.Seq > newest.Seq) {
-			newest = r
-		}
-	}
-	for _, keys := range []map[string][]byte{b.keys, b.snapshot} {
-		if r, err := gate.ParseRecord(keys[gateStore{n}.key()]); err == nil {
-			consider(&r)
-		}
-	}
-	consider(n.lastKnown().Record)
-	if newest == nil {
-		return gate.Record{}, false
-	}
-	r := *newest
-	r.Epoch, r.Seq, r.State = max(r.Epoch, n.keeper.gate.Status().Epoch)+1, r.Seq+1, gate.Promoting
-	return r, true
-}
-
-// keptSecrets are what a snapshot must not bring back: passwords and CAs that
-// have been replaced since it was taken.
-func (n *Node) keptSecrets(prefix string, b basis) []clientv3.Op {
-	if b.snapshot == nil {
-		return nil
-	}
-	var out []clientv3.Op
-	if b.keys != nil {
-		for _, key := range []string{"secrets", "ca-key", "ca"} {
-			if value, ok := b.keys[prefix+key]; ok {
-				out = append(out, clientv3.OpPut(prefix+key, string(value)))
-			}
-		}
-		return out
-	}
-	for key, path := range map[string]string{"secrets": n.paths.secrets(), "ca-key": n.paths.sealedCAKey()} {
-		if value, err := os.ReadFile(path); err == nil {
-			out = append(out, clientv3.OpPut(prefix+key, string(value)))
-		}
-	}
-	return out
 }

@@ -26,7 +26,7 @@ const (
 	ownImage = "/proc/self/exe"
 
 	// trialTime is how long a new version has to show that it is healthy.
-	trialTime = 90 * time.Second
+	trialTime = time.Minute
 	// trialGrace is how long after that its own end may take, before it is replaced
 	// without one.
 	trialGrace = 20 * time.Second

@@ -11,6 +11,7 @@ import (
 
 	"pgha/cluster"
 	"pgha/internal/fsx"
+	"pgha/pki"
 	"pgha/systemd"
 )
 
@@ -119,6 +120,41 @@ func (n *Node) standing(ctx context.Context, name string, id uint64) (Standing, 
 		return Standing{Removed: &f}, nil
 	}
 	return Standing{}, nil
+}
+
+// lifeSlack is by how much a node's certificate may be older than its entry in
+// the roster, for clocks that are set.
+const lifeSlack = 5 * time.Minute
+
+// ofThisLife refuses the certificate of a node that has left, after another has
+// joined under its name.
+func (n *Node) ofThisLife(r *http.Request, name string) error {
+	for _, m := range n.snapshot().Members {
+		if m.Name != name || len(r.TLS.VerifiedChains) == 0 {
+			continue
+		}
+		if issued := pki.IssuedAt(r.TLS.VerifiedChains[0][0]); issued.Add(lifeSlack).Before(m.JoinedAt) {
+			return noPeer(fmt.Errorf("the certificate of %s is of %s, and the node of that name has joined at %s: this host was replaced",
+				name, issued.UTC().Format(time.RFC3339), m.JoinedAt.UTC().Format(time.RFC3339)))
+		}
+	}
+	return nil
+}
+
+// renewals passes on what asks for new certificates, unless its own is of a life
+// before. That it is on the roster is seen with a quorum.
+func (n *Node) renewals(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, err := n.caller(r)
+		if err == nil {
+			err = n.ofThisLife(r, id.Node)
+		}
+		if err != nil {
+			reply(w, nil, err)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 // doubtful notes that a peer has refused this node as a stranger, or that etcd
@@ -268,14 +304,16 @@ func (n *Node) changeState(change func(*State)) error {
 	return s.Save(n.paths)
 }
 
-// formerAddrs are the addresses of former members that no member has now.
-func formerAddrs(w world) []netip.Addr {
-	var out []netip.Addr
+// formerAddrs are the addresses of former members, and of others that must be
+// told something, that no member has now.
+func formerAddrs(w world, others []netip.Addr) []netip.Addr {
+	out := slices.Clone(others)
 	for _, f := range w.Former {
-		if !slices.ContainsFunc(w.Members, func(m cluster.Member) bool { return m.Addr == f.Addr }) {
-			out = append(out, f.Addr)
-		}
+		out = append(out, f.Addr)
 	}
+	out = slices.DeleteFunc(out, func(a netip.Addr) bool {
+		return slices.ContainsFunc(w.Members, func(m cluster.Member) bool { return m.Addr == a })
+	})
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out)
 }

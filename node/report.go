@@ -199,11 +199,11 @@ const staleView = 10 * time.Second
 
 // status asks every member for its report and judges the whole.
 func (n *Node) status(ctx context.Context) Status {
-	if r := n.removal.Load(); r != nil {
-		return n.removedStatus(*r)
-	}
 	if b := n.isBarred(); b != nil {
 		return n.barredStatus(*b)
+	}
+	if r := n.removal.Load(); r != nil {
+		return n.removedStatus(*r)
 	}
 	w := n.snapshot()
 	reports := n.seen.ask(ctx, w.Members)

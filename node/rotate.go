@@ -174,10 +174,9 @@ func (n *Node) loadTrust(ctx context.Context, w world) (string, error) {
 			if n.haproxy.Status().State != supervisor.Running {
 				return nil // it reads the files when it starts
 			}
-			if err := n.runtime.SetCA(ctx, n.pki.CAPath(), w.CA.Trust()); err != nil {
-				return err
-			}
-			return n.loadCert(ctx, pki.RoleHAProxy)
+			// Not through the runtime socket: HAProxy 2.6 crashes when a certificate
+			// and a CA file are both replaced there. Sessions stay with the old worker.
+			return n.reloadHAProxy(ctx)
 		}),
 		// Patroni's API reads the CAs again with a new certificate only.
 		once("Patroni", func() error {

@@ -52,7 +52,7 @@ func decideRotation(phase cluster.CAPhase, step string, behind []string, joining
 	if len(joining) > 0 && step != RotateCABack {
 		return caRefuse, fmt.Sprintf("%s is just joining: wait until it is a member, or take it out, and repeat", strings.Join(joining, " and "))
 	}
-	waits := fmt.Sprintf("%s has not confirmed the step before: bring it up, run pgha rotate ca%s again, and then this", strings.Join(behind, " and "), flagOf(phase))
+	waits := fmt.Sprintf("not every member has confirmed the step before (%s): bring it up, run pgha rotate ca%s again, and then this", strings.Join(behind, ", "), flagOf(phase))
 	switch step {
 	case RotateCAStart:
 		switch {
@@ -61,7 +61,7 @@ func decideRotation(phase cluster.CAPhase, step string, behind []string, joining
 		case phase == cluster.CASign:
 			return caRefuse, "a replacement of the CA is under way, and the new one signs already: end it with pgha rotate ca --finish, or go back with --back"
 		case len(behind) > 0:
-			return caRefuse, fmt.Sprintf("%s has not confirmed the end of the last replacement: bring it up, run pgha rotate ca --finish again, and then this", strings.Join(behind, " and "))
+			return caRefuse, fmt.Sprintf("not every member has confirmed the end of the last replacement (%s): bring it up, run pgha rotate ca --finish again, and then this", strings.Join(behind, ", "))
 		}
 		return caStart, ""
 	case RotateCASign:
@@ -191,9 +191,15 @@ func (n *Node) stepCA(ctx context.Context, o *Operation, step string) (*cluster.
 	if store == nil {
 		return nil, n.notReady()
 	}
+	last, err := n.caStep()
+	if err != nil {
+		return nil, err
+	}
 	state, rev, err := store.CAState(ctx, n.sealing)
-	if err == nil && state == nil {
-		state, err = n.firstCAState()
+	// After etcd was put back from a snapshot the nodes' files are what is right.
+	lost := err == nil && state != nil && state.Step < last
+	if err == nil && (state == nil || lost) {
+		state, err = n.ownCAState(last)
 	}
 	if err != nil {
 		return nil, err
@@ -211,7 +217,7 @@ func (n *Node) stepCA(ctx context.Context, o *Operation, step string) (*cluster.
 		if m.State == cluster.StateJoining {
 			joining = append(joining, m.Name)
 		}
-		if taken[m.Name].CA < state.Step {
+		if taken[m.Name].CA < state.Step && !lost {
 			behind = append(behind, m.Name)
 		}
 	}
@@ -223,16 +229,10 @@ func (n *Node) stepCA(ctx context.Context, o *Operation, step string) (*cluster.
 		o.Say("goes on: %s", caInWords(state))
 		return state, nil
 	}
-	last, err := n.caStep()
-	if err != nil {
-		return nil, err
-	}
 	next, err := n.nextCAState(*state, plan)
 	if err != nil {
 		return nil, err
 	}
-	// After etcd was put back from a snapshot, nodes follow nothing that is older.
-	next.Step = max(next.Step, last+1)
 	next.By, next.At = o.Actor(), time.Now()
 	if err := store.PutCAState(ctx, *n.sealing, next, rev); err != nil {
 		return nil, err
@@ -254,17 +254,25 @@ func (n *Node) revokeForCA(ctx context.Context, o *Operation, store *cluster.Sto
 	return err
 }
 
-// firstCAState is the state of a cluster that has the CA that init has made.
-func (n *Node) firstCAState() (*cluster.CAState, error) {
-	cert, err := n.pki.CACert()
+// ownCAState is the state that this node's files are in: of a cluster that has
+// the CA that init has made, or that has lost what etcd knew.
+func (n *Node) ownCAState(step int64) (*cluster.CAState, error) {
+	trust, err := n.pki.Trust()
 	if err != nil {
 		return nil, err
+	}
+	certs, err := pki.Trusted(trust)
+	if err != nil {
+		return nil, err
+	}
+	if len(certs) > 1 {
+		return nil, &cluster.Error{Code: cluster.CodeConflict, Message: "etcd was put back to before the replacement of the CA that these nodes are in the middle of: put back a snapshot of etcd from later (pgha snapshot list)"}
 	}
 	key, err := os.ReadFile(n.paths.sealedCAKey())
 	if err != nil {
 		return nil, fmt.Errorf("read CA key: %w", err)
 	}
-	return &cluster.CAState{Phase: cluster.CADone, Certs: [][]byte{cert}, Keys: [][]byte{key}}, nil
+	return &cluster.CAState{Step: step, Phase: cluster.CADone, Certs: certs, Keys: [][]byte{key}}, nil
 }
 
 func (n *Node) nextCAState(s cluster.CAState, plan caPlan) (cluster.CAState, error) {

@@ -118,45 +118,55 @@ func (n *Node) storeConfig(ctx context.Context, o *Operation, r ConfigRequest) (
 
 // awaitConfig waits until every data node that answers has taken the settings.
 func (n *Node) awaitConfig(ctx context.Context, o *Operation, result *ConfigResult, rev int64) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, settingsWait, fmt.Errorf("not within %s", settingsWait))
-	defer cancel()
+	end := time.Now().Add(settingsWait)
+	said := ""
 	for {
-		states := n.askSettings(ctx)
-		missing := map[string]string{}
-		result.Taken, result.Silent, result.Pending = nil, nil, nil
-		for _, name := range n.dataNodes() {
-			s, ok := states[name]
-			if !ok {
-				result.Silent = append(result.Silent, name)
-				continue
-			}
-			if why := s.lacks(rev, result.wanted[name]); why != "" {
-				missing[name] = why
-				continue
-			}
-			result.Taken = append(result.Taken, name)
-			if slices.ContainsFunc(result.Restart, func(p string) bool {
-				row, _ := s.parameter(p)
-				return row.Pending || row.Setting != result.wanted[name][row.Name]
-			}) {
-				result.Pending = append(result.Pending, name)
-			}
-		}
-		if why := n.dynamicMissing(); why != "" {
-			missing["Patroni's configuration"] = why
-		}
-		if len(missing) == 0 {
+		missing := n.notFollowed(ctx, result, rev)
+		if missing == "" {
 			o.Say("taken by %s", strings.Join(result.Taken, " and "))
 			return nil
 		}
+		if missing != said {
+			said = missing
+			o.Say("waiting for %s", missing)
+		}
 		if !sleep(ctx, 300*time.Millisecond) {
-			var lines []string
-			for _, name := range slices.Sorted(maps.Keys(missing)) {
-				lines = append(lines, name+" ("+missing[name]+")")
-			}
-			return &cluster.Error{Code: cluster.CodeUnavailable, Message: fmt.Sprintf("%s: not taken by %s", context.Cause(ctx), strings.Join(lines, ", "))}
+			return context.Cause(ctx)
+		}
+		if time.Now().After(end) {
+			return &cluster.Error{Code: cluster.CodeUnavailable, Message: fmt.Sprintf("not within %s: %s", settingsWait, missing)}
 		}
 	}
+}
+
+// notFollowed says who has not taken the settings yet, and why, or "" when all that
+// answer have. It notes in result who has.
+func (n *Node) notFollowed(ctx context.Context, result *ConfigResult, rev int64) string {
+	states := n.askSettings(ctx)
+	var missing []string
+	result.Taken, result.Silent, result.Pending = nil, nil, nil
+	for _, name := range n.dataNodes() {
+		s, ok := states[name]
+		if !ok {
+			result.Silent = append(result.Silent, name)
+			continue
+		}
+		if why := s.lacks(rev, result.wanted[name]); why != "" {
+			missing = append(missing, fmt.Sprintf("%s (%s)", name, why))
+			continue
+		}
+		result.Taken = append(result.Taken, name)
+		if slices.ContainsFunc(result.Restart, func(p string) bool {
+			row, ok := s.parameter(p)
+			return ok && row.Setting != result.wanted[name][p]
+		}) {
+			result.Pending = append(result.Pending, name)
+		}
+	}
+	if why := n.dynamicMissing(); why != "" {
+		missing = append(missing, fmt.Sprintf("Patroni's configuration (%s)", why))
+	}
+	return strings.Join(missing, ", ")
 }
 
 // lacks says what a node has not taken yet, or "".

@@ -56,10 +56,7 @@ func (n *Node) beforeStop(ctx context.Context, why systemd.StopReason) {
 			return
 		default:
 			n.event(EventRole, n.cfg.Name, actorPgha, "the node is to stop (%s): handing the primary over to %s first", why, to)
-			tell := &sayer{say: func(format string, args ...any) {
-				n.log.Info("hand-over before the stop", "step", fmt.Sprintf(format, args...))
-			}}
-			if _, err = n.moveLeadership(ctx, tell, to, false); err == nil {
+			if _, err = n.moveLeadership(ctx, n.logSteps("hand-over before the stop"), to, false); err == nil {
 				return
 			}
 		}

@@ -209,14 +209,17 @@ func upgradeNodes(s Status, reports map[string]Report, version string) []upgrade
 
 // awaitReady waits until the next node may be changed.
 func (n *Node) awaitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	wait, cancel := context.WithTimeout(ctx, readyWithin)
 	defer cancel()
 	for {
-		why := notReady(n.status(ctx))
-		if why == "" {
+		why := notReady(n.status(wait))
+		switch {
+		case why == "":
 			return nil
-		}
-		if !sleep(ctx, time.Second) {
+		case sleep(wait, time.Second):
+		case ctx.Err() != nil:
+			return fmt.Errorf("wait for the cluster to be whole: %s", why)
+		default:
 			return &cluster.Error{Code: cluster.CodeConflict, Message: why}
 		}
 	}
@@ -339,11 +342,11 @@ func (r Report) health() health {
 
 // watchTrial waits for the end of a trial on another node.
 func (n *Node) watchTrial(ctx context.Context, m cluster.Member, t *UpgradeReport) (Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, trialWatched)
+	wait, cancel := context.WithTimeout(ctx, trialWatched)
 	defer cancel()
 	last := error(errors.New("it has not answered"))
 	for {
-		try, end := context.WithTimeout(ctx, askTimeout)
+		try, end := context.WithTimeout(wait, askTimeout)
 		var r Report
 		err := n.seen.call(try, http.MethodGet, m.APIAddr(), "/v1/node", nil, &r)
 		end()
@@ -357,7 +360,11 @@ func (n *Node) watchTrial(ctx context.Context, m cluster.Member, t *UpgradeRepor
 		default:
 			last = fmt.Errorf("it runs %s, on trial", r.Version)
 		}
-		if !sleep(ctx, trialEvery) {
+		switch {
+		case sleep(wait, trialEvery):
+		case ctx.Err() != nil:
+			return Report{}, fmt.Errorf("wait for %s with %s: %w", m.Name, t.Version, last)
+		default:
 			return Report{}, &cluster.Error{Code: cluster.CodeUnavailable, Message: fmt.Sprintf("%s does not become healthy with %s (%v): see systemctl status pgha there", m.Name, t.Version, last)}
 		}
 	}

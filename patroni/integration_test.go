@@ -340,10 +340,40 @@ func (l *lab) testSwitchover(t *testing.T, leader, standby *node) {
 }
 
 // testRoleSQL runs the statements on a database that has the roles already, and
-// looks at what is left: no password.
+// looks at what is left: no password. Each change by hand is found.
 func (n *node) testRoleSQL(t *testing.T) {
 	t.Helper()
 	conn := n.root(t)
+	drift := func() string {
+		var found string
+		must(t, conn.QueryRow(t.Context(), "SELECT coalesce(string_agg(w, '; '), '') FROM ("+RoleDriftSQL()+") AS v (w)").Scan(&found))
+		return found
+	}
+	for _, c := range []struct{ change, want string }{
+		{"SELECT 1", ""},
+		{"ALTER ROLE replicator PASSWORD 'x'", "replicator has a password"},
+		{"ALTER ROLE replicator NOREPLICATION", "replicator may not replicate"},
+		{"ALTER ROLE replicator SUPERUSER", "replicator is a superuser"},
+		{"ALTER ROLE rewinder NOLOGIN", "rewinder may not log in"},
+		{"ALTER ROLE rewinder REPLICATION", "rewinder may replicate"},
+		{"ALTER ROLE rewinder CREATEROLE", "rewinder has rights that it needs not"},
+		{"ALTER ROLE rewinder CONNECTION LIMIT 0", "rewinder has a limit of connections"},
+		{"REVOKE EXECUTE ON FUNCTION pg_stat_file(text, boolean) FROM rewinder", "rewinder may not call pg_catalog.pg_stat_file(text, boolean)"},
+		{"DROP OWNED BY rewinder; DROP ROLE rewinder", "rewinder does not exist"},
+	} {
+		_, err := conn.Exec(t.Context(), c.change)
+		must(t, err)
+		if got := drift(); got != c.want {
+			t.Errorf("after %s the query finds %q, want %q", c.change, got, c.want)
+		}
+		for _, sql := range RoleSQL() {
+			_, err := conn.Exec(t.Context(), sql)
+			must(t, err)
+		}
+		if got := drift(); got != "" {
+			t.Errorf("after %s was put right the query finds %q", c.change, got)
+		}
+	}
 	for _, sql := range RoleSQL() {
 		_, err := conn.Exec(t.Context(), sql)
 		must(t, err)

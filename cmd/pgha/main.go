@@ -76,6 +76,7 @@ func newApp() *cli.App {
 			initCommand(), joinCommand(), statusCommand(), configCommand(), tokenCommand(), psqlCommand(), logsCommand(),
 			certCommand(), runCommand(), resetCommand(), memberCommand(), leaveCommand(), demoCommand(), versionCommand(), completionCommand(), eventsCommand(), rotateCommand(),
 			switchoverCommand(), failoverCommand(), pauseCommand(), resumeCommand(), maintenanceCommand(), upgradeCommand(), recoverCommand(), snapshotCommand(),
+			restartCommand(), reloadCommand(), reinitCommand(), dbCommand(), userCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

@@ -130,9 +130,11 @@ func TestHelp(t *testing.T) {
 func TestCompletion(t *testing.T) {
 	defer func(args []string) { os.Args = args }(os.Args)
 	for args, want := range map[string][]string{
-		"":           {"init", "join", "status", "config", "token", "psql", "logs", "cert", "run", "reset", "demo", "version", "completion", "help", "h"},
+		"": {"init", "join", "status", "config", "token", "psql", "logs", "cert", "run", "reset", "member", "leave", "demo", "version", "completion",
+			"events", "rotate", "switchover", "failover", "pause", "resume", "maintenance", "upgrade", "recover", "snapshot", "restart", "reload", "reinit", "db", "user", "help", "h"},
 		"config":     {"show", "get", "set", "unset", "edit", "diff", "history", "rollback", "help", "h"},
 		"token":      {"create", "list", "revoke", "help", "h"},
+		"member":     {"list", "remove", "replace", "help", "h"},
 		"logs":       node.LogComponents,
 		"completion": {"bash", "zsh", "fish"},
 	} {

@@ -47,8 +47,12 @@ func confirmPrimary(c *cli.Context, name string) error {
 	if s.Leader != name {
 		return nil
 	}
-	return confirm(c.Bool("yes"), fmt.Sprintf("%s is the primary: its clients lose their sessions, and nobody can write until PostgreSQL is back, for seconds or,\n"+
+	err = confirm(c.Bool("yes"), fmt.Sprintf("%s is the primary: its clients lose their sessions, and nobody can write until PostgreSQL is back, for seconds or,\n"+
 		"after much writing, minutes. pgha restart --rolling %s hands over first. Restart it in its place?", name, name))
+	if err != nil {
+		return fmt.Errorf("%s is the primary, and with --rolling it would hand over first: %w", name, err)
+	}
+	return nil
 }
 
 func currentStatus(ctx context.Context) (node.Status, error) {

@@ -43,10 +43,14 @@ func cannotTell(err error) error {
 	return exitError{int(node.Unknown), err}
 }
 
+// statusTimeout bounds the wait for the daemon, which itself waits for no one for
+// longer than a few seconds.
+const statusTimeout = 15 * time.Second
+
 func showStatus(ctx context.Context, paths node.Paths, asJSON bool) error {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	asked, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	s, err := node.NewLocal(paths).Status(ctx)
+	s, err := node.NewLocal(paths).Status(asked)
 	if err != nil {
 		return statusDown(ctx, paths, asJSON, err)
 	}
@@ -73,6 +77,9 @@ func statusDown(ctx context.Context, paths node.Paths, asJSON bool, cause error)
 		why = err.Error()
 	case state.Removed != nil:
 		why, todo = state.Removed.RemovalText(state.ClusterName), []string{node.RemovalToDo}
+	case errors.Is(cause, context.DeadlineExceeded):
+		why = fmt.Sprintf("pgha runs on this host and has not answered within %s", statusTimeout)
+		todo = append(todo, "see what it does: pgha logs", "ask another node: the rest of the cluster may well be up")
 	case errors.Is(cause, node.ErrNotRunning):
 		why = fmt.Sprintf("pgha is not running on this host, which is the %s node %q of cluster %q", state.Role, state.Node, state.ClusterName)
 		if _, err := node.LoadConfig(paths.Config()); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"net/netip"
@@ -195,6 +196,8 @@ func TestStatusDown(t *testing.T) {
 			return errors.Join(state.Save(p), os.WriteFile(p.Config(), []byte("name: n1\nnmae: n1\n"), 0o600))
 		}, node.ErrNotRunning, []string{"it cannot start: ", `pgha.yml:2: key "nmae": there is no such key`}},
 		{"a damaged state", func(p node.Paths) error { return os.WriteFile(p.State(), []byte("{"), 0o600) }, node.ErrNotRunning, []string{"state.json"}},
+		{"a daemon that does not answer", func(p node.Paths) error { return state.Save(p) }, errors.Join(errors.New("get"), context.DeadlineExceeded),
+			[]string{"pgha runs on this host and has not answered within 15s", "pgha logs", "ask another node"}},
 		{"an unknown trouble", func(p node.Paths) error { return state.Save(p) }, errors.New("it hangs"), []string{"it hangs"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -38,6 +38,7 @@ func upgradeCommand() *cli.Command {
 			&cli.BoolFlag{Name: "allow-older", Usage: "go back to an older version, or to one of which that cannot be told"},
 			&cli.BoolFlag{Name: "restart", Usage: "run the version that runs anew, on this host alone"},
 		}, operationFlags...),
+		Subcommands: []*cli.Command{upgradePostgresCommand()},
 		Action: func(c *cli.Context) error {
 			if err := noArgs(c); err != nil {
 				return err

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"pgha/gate"
+	"pgha/internal/nftwatch"
 )
 
 // MinRemaining is the shortest time for which Open opens the gate. Kernels
@@ -302,7 +303,7 @@ func (k *Kernel) transaction(ctx context.Context, do func(*link) error) error {
 	if k.link == nil {
 		l, address, err := connect(k.netns)
 		if err != nil {
-			return fmt.Errorf("connect to nf_tables: %w", explain(err))
+			return fmt.Errorf("connect to nf_tables: %w", nftwatch.Explain(err))
 		}
 		k.link = l
 		k.address.Store(address)
@@ -310,7 +311,7 @@ func (k *Kernel) transaction(ctx context.Context, do func(*link) error) error {
 	err := do(k.link)
 	if err != nil {
 		// Answers that nobody has read may be left in it.
-		return errors.Join(explain(err), k.disconnect())
+		return errors.Join(nftwatch.Explain(err), k.disconnect())
 	}
 	return err
 }
@@ -322,15 +323,4 @@ func (k *Kernel) disconnect() error {
 	l := k.link
 	k.link = nil
 	return l.close()
-}
-
-// explain adds what to do to the errors that an operator can do something about.
-func explain(err error) error {
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
-	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
-		return fmt.Errorf("%w: this kernel has no nf_tables", err)
-	}
-	return err
 }

@@ -8,6 +8,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"pgha/internal/nftwatch"
 )
 
 // The kernel's interface to sockets, linux/sock_diag.h and linux/inet_diag.h.
@@ -39,7 +41,7 @@ func (k *Kernel) EndSessions(ctx context.Context) (int, error) {
 	}
 	n, err := k.endSessions()
 	if err != nil {
-		return n, fmt.Errorf("end sessions of port %d: %w", k.port, explain(err))
+		return n, fmt.Errorf("end sessions of port %d: %w", k.port, nftwatch.Explain(err))
 	}
 	return n, nil
 }

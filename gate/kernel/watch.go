@@ -2,12 +2,9 @@ package kernel
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"strings"
 
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
+	"pgha/internal/nftwatch"
 )
 
 // Watch calls changed after somebody else has changed the gate's table: after
@@ -21,60 +18,26 @@ import (
 // nothing is lost between Install and Watch. It blocks until ctx ends, then
 // returns nil; any other end is an error, and the table is watched no more.
 func (k *Kernel) Watch(ctx context.Context, changed func()) error {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: k.netns})
-	if err != nil {
-		return fmt.Errorf("connect to nf_tables: %w", explain(err))
+	first := true
+	look := func() error {
+		if first {
+			first = false
+			if s, err := k.Read(ctx); err != nil || s.Installed {
+				return err
+			}
+		}
+		k.log.Warn("gate is missing or was changed by somebody else")
+		changed()
+		return nil
 	}
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	defer func() { _ = conn.Close() }() // closing twice is harmless
-	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
-		return fmt.Errorf("subscribe to nf_tables: %w", explain(err))
-	}
-	s, err := k.Read(ctx)
-	if err != nil && ctx.Err() == nil {
+	if err := nftwatch.Watch(ctx, k.netns, table, k.isOwn, look); err != nil {
 		return fmt.Errorf("watch gate: %w", err)
-	}
-	for touched := !s.Installed; ctx.Err() == nil; {
-		if touched {
-			k.log.Warn("gate is missing or was changed by somebody else")
-			changed()
-			touched = false
-		}
-		msgs, err := conn.Receive()
-		switch {
-		case ctx.Err() != nil:
-		case errors.Is(err, unix.ENOBUFS):
-			touched = true // messages were lost: some may be about our table
-		case err != nil:
-			return fmt.Errorf("watch gate: %w", err)
-		}
-		for _, m := range msgs {
-			touched = touched || concernsTable(m) && !k.isOwn(m)
-		}
 	}
 	return nil
 }
 
-// isOwn reports whether m announces a change that this Kernel made: it bears
-// the address of the socket that asked for it.
-func (k *Kernel) isOwn(m netlink.Message) bool {
-	return m.Header.PID != 0 && m.Header.PID == k.address.Load()
-}
-
-// concernsTable reports whether m announces a change of or inside the table.
-func concernsTable(m netlink.Message) bool {
-	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < nfgenHeader || m.Data[0] != byte(table.Family) {
-		return false
-	}
-	ad, err := decoder(m.Data[nfgenHeader:])
-	if err != nil {
-		return true // unreadable: looking costs little
-	}
-	// The first attribute type of every kind of object is its table's name.
-	for ad.Next() {
-		if ad.Type() == unix.NFTA_TABLE_NAME {
-			return strings.TrimRight(ad.String(), "\x00") == table.Name
-		}
-	}
-	return ad.Err() != nil
+// isOwn reports whether this Kernel asked for a change from the socket with that
+// address.
+func (k *Kernel) isOwn(address uint32) bool {
+	return address != 0 && address == k.address.Load()
 }

@@ -223,14 +223,18 @@ func (b *Bed) Status(ctx context.Context, host string) (node.Status, error) {
 	defer cancel()
 	var out bytes.Buffer
 	cmd := b.Host(host).Command(ctx, b.bin, "status", "--json")
-	cmd.Stdout = &out
+	var errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := cmd.Run()
 	var exit *exec.ExitError
+	if ctx.Err() != nil { // it was killed, and has said nothing
+		return s, fmt.Errorf("run pgha status on %s: %w", host, context.Cause(ctx))
+	}
 	if err != nil && !errors.As(err, &exit) {
 		return s, fmt.Errorf("run pgha status on %s: %w", host, err)
 	}
 	if err := json.Unmarshal(out.Bytes(), &s); err != nil {
-		return s, fmt.Errorf("read pgha status of %s: %w: %s", host, err, out.String())
+		return s, fmt.Errorf("read pgha status of %s: %w: %s%s", host, err, out.String(), errs.String())
 	}
 	return s, nil
 }

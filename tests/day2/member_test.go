@@ -33,6 +33,8 @@ func TestMember(t *testing.T) {
 	r.step(t, "ghosts", r.memberGhosts)
 	r.step(t, "a dead data node is replaced", r.memberReplaced)
 	r.step(t, "a dead witness is replaced", r.memberWitnessReplaced)
+	r.step(t, "the primary is removed", r.memberPrimaryRemoved)
+	r.step(t, "a host that was wiped joins again", r.memberWiped)
 }
 
 func (r *rig) memberRefusals(t *testing.T, w *testbed.Writer) {
@@ -158,6 +160,7 @@ func (r *rig) knows(t *testing.T, host string, words ...string) {
 	if err := r.Run(within(t, wait), host); err != nil {
 		t.Fatal(err)
 	}
+	r.await(t, host, "the daemon to answer", func(s node.Status) bool { return s.SeenBy != "" })
 	said("after a restart")
 }
 
@@ -272,7 +275,47 @@ func (r *rig) memberWitnessReplaced(t *testing.T, w *testbed.Writer) {
 	r.do(t, "n1", "member", "remove", "--yes", "--allow-even", "w2")
 	r.knows(t, "spare", "by root@n1", "it was removed")
 	r.do(t, "spare", "reset", "--yes")
+	if l := r.members(t, "n2"); len(l.Members) != 2 || len(l.Ghosts) != 0 || len(l.Former) != 4 {
+		t.Errorf("listed: %+v", l)
+	}
 	r.joins(t, "witness", r.token(t, "n1", "token", "create", "--witness", "--json"), "--witness")
+	r.await(t, "n1", "the witness to vote", func(s node.Status) bool { return s.Health == node.Healthy })
+	r.unharmed(t, w)
+}
+
+// memberPrimaryRemoved removes the primary while it runs, and takes it in again.
+func (r *rig) memberPrimaryRemoved(t *testing.T, w *testbed.Writer) {
+	primary := r.healthy(t).Leader
+	next := other(primary)
+	r.refused(t, next, []string{"member", "remove", "--yes", primary}, "2 voters would remain")
+	r.do(t, next, "member", "remove", "--yes", "--allow-even", primary)
+	s := r.await(t, next, "the removed primary to be gone", func(s node.Status) bool { return len(s.Members) == 2 })
+	if s.Leader != next {
+		t.Errorf("the primary is %q, want %s", s.Leader, next)
+	}
+	r.goesOn(t, w)
+	r.knows(t, primary, "by root@"+next, "it was removed")
+	r.do(t, primary, "reset", "--yes")
+	r.joins(t, primary, r.token(t, next, "token", "create", "--json"))
+}
+
+// memberWiped loses what is on the witness's disk: it joins again under its name
+// and address.
+func (r *rig) memberWiped(t *testing.T, w *testbed.Writer) {
+	if err := r.PowerOff("witness"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Host("witness").PowerOn(within(t, wait)); err != nil {
+		t.Fatal(err)
+	}
+	r.do(t, "witness", "reset", "--yes", "--force") // nobody is told
+	r.await(t, "n1", "the loss of the witness to be seen", func(s node.Status) bool { return len(s.Members) == 3 && !s.Members[2].Reachable })
+	r.joins(t, "witness", r.token(t, "n1", "member", "replace", "--witness", "--json", "witness"), "--witness")
+	for _, m := range r.members(t, "n2").Members {
+		if m.Name == "witness" && m.Address != r.Addr("witness") {
+			t.Errorf("listed as %+v", m)
+		}
+	}
 	r.await(t, "n1", "the witness to vote", func(s node.Status) bool { return s.Health == node.Healthy })
 	r.unharmed(t, w)
 }

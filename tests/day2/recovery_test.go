@@ -90,9 +90,11 @@ func (r *recovery) vmIsPutBack(t *testing.T, w *testbed.Writer) {
 	r.on(t, old)
 	said := func() {
 		t.Helper()
-		s := r.await(t, old, "refusal to serve", func(s node.Status) bool { return strings.Contains(s.Verdict, "disk is older than what") })
-		if s.Health != node.Unknown || !strings.Contains(strings.Join(s.ToDo, " "), "pgha reset --force") {
-			t.Errorf("health %s, to do %q", s.Health, s.ToDo)
+		s := r.await(t, old, "refusal to serve", func(s node.Status) bool {
+			return strings.Contains(s.Verdict, "this node's disk is older than what") && strings.Contains(strings.Join(s.ToDo, " "), "pgha reset --force")
+		})
+		if s.Health != node.Unknown {
+			t.Errorf("health %s: %s", s.Health, s.Verdict)
 		}
 	}
 	said()
@@ -118,9 +120,15 @@ func (r *recovery) diskIsWiped(t *testing.T, w *testbed.Writer) {
 	leader := r.healthy(t).Leader
 	gone := other(leader)
 	r.off(t, gone)
-	for _, dir := range []string{"lib/pgha", "etc/pgha"} {
-		if err := os.RemoveAll(filepath.Join(r.Host(gone).Dir(), dir)); err != nil {
-			t.Fatal(err)
+	for _, dir := range []string{"lib", "etc"} {
+		all, err := filepath.Glob(filepath.Join(r.Host(gone).Dir(), dir, "*"))
+		if err != nil || len(all) == 0 {
+			t.Fatalf("there is no disk to wipe: %v", err)
+		}
+		for _, path := range all {
+			if err := os.RemoveAll(path); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	if err := r.Host(gone).PowerOn(within(t, wait)); err != nil {
@@ -316,8 +324,14 @@ func (r *recovery) snapshots(t *testing.T, host string) []node.SnapshotInfo {
 
 func (r *recovery) token(t *testing.T, host string, args ...string) string {
 	t.Helper()
+	return r.answer(t, host, append([]string{"token", "create", "--json"}, args...)...)
+}
+
+// answer runs a command that prints a token.
+func (r *recovery) answer(t *testing.T, host string, args ...string) string {
+	t.Helper()
 	var a node.TokenAnswer
-	if err := json.Unmarshal([]byte(r.do(t, host, append([]string{"token", "create", "--json"}, args...)...)), &a); err != nil {
+	if err := json.Unmarshal([]byte(r.do(t, host, args...)), &a); err != nil {
 		t.Fatal(err)
 	}
 	return a.Token
@@ -327,9 +341,9 @@ func (r *recovery) token(t *testing.T, host string, args ...string) string {
 // The join says what has to be done first.
 func (r *recovery) joinAnew(t *testing.T, host, helper string) {
 	t.Helper()
-	token := r.token(t, helper)
-	r.refused(t, host, []string{"join", "--no-service", "--yes", "--memory", testbed.Memory, "--name", host, "--address", r.Addr(host), token}, "pgha member remove "+host)
-	r.do(t, helper, "member", "remove", "--yes", host)
+	join := []string{"join", "--no-service", "--yes", "--memory", testbed.Memory, "--name", host, "--address", r.Addr(host), r.token(t, helper)}
+	r.refused(t, host, join, "pgha member replace "+host)
+	token := r.answer(t, helper, "member", "replace", "--json", host)
 	if _, err := r.Join(within(t, 2*wait), host, token); err != nil {
 		t.Fatal(err)
 	}

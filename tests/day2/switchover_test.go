@@ -20,7 +20,6 @@ func TestSwitchover(t *testing.T) {
 	r.step(t, "planned switchover", r.plannedSwitchover)
 	r.step(t, "pause and resume", r.pause)
 	r.step(t, "maintenance of the primary", r.maintenance)
-	r.step(t, "stop of the replica", r.stopReplica)
 	r.step(t, "stop of the primary", r.stopPrimary)
 	r.failover(t)
 }
@@ -66,6 +65,9 @@ func (r *rig) switchover(t *testing.T, w *testbed.Writer) {
 	// From the node that is not the primary, to a named one.
 	r.switchedTo(t, r.operate(t, from, "switchover", from), from)
 	r.told(t, "witness", node.EventOperation, "", "switchover is done")
+
+	// Whatever an operator who does not wait has left, it is said, and it is whole.
+	r.refused(t, from, []string{"switchover", "--timeout", "700ms"}, "not done within 700ms")
 }
 
 func (r *rig) plannedSwitchover(t *testing.T, w *testbed.Writer) {
@@ -143,18 +145,6 @@ func (r *rig) maintenance(t *testing.T, w *testbed.Writer) {
 	}
 }
 
-// stopReplica measures what commits feel of a replica that is stopped.
-func (r *rig) stopReplica(t *testing.T, w *testbed.Writer) {
-	replica := other(r.healthy(t).Leader)
-	if err := r.Signal(replica, syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	r.goesOn(t, w)
-	if err := r.Run(t.Context(), replica); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func (r *rig) stopPrimary(t *testing.T, w *testbed.Writer) {
 	from := r.healthy(t).Leader
 	began := time.Now()
@@ -177,9 +167,19 @@ func (r *rig) stopPrimary(t *testing.T, w *testbed.Writer) {
 func (r *rig) failover(t *testing.T) {
 	lost := r.healthy(t).Leader
 	next := other(lost)
+	r.nextID += 1 << 32
+	w, err := r.StartWriter(t.Context(), r.nextID, lost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.Stop() })
+	r.goesOn(t, w)
 	if err := r.Signal(next, syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
+	r.unharmed(t, w)
+	gap, _, _ := testbed.Outage(w.Stop())
+	t.Logf("stop of the replica: the longest time without a commit %s", gap.Round(time.Millisecond))
 	r.await(t, "witness", "the primary alone", func(s node.Status) bool { return s.Leader == lost && !s.Promise.Holds })
 	r.insert(t, lost, -1) // which no replica has
 	if err := r.PowerOff(lost); err != nil {

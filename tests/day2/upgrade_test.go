@@ -1,6 +1,7 @@
 package day2
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -269,16 +270,7 @@ func (u *upgrading) crashes(t *testing.T, w *testbed.Writer) {
 // the upgrade is gone by then; meanwhile other wishes are refused for what they are.
 func (u *upgrading) neverHealthy(t *testing.T, w *testbed.Writer) {
 	before := u.processes(t)
-	ctx := within(t, 2*wait)
-	cmd := u.Host("n1").Command(ctx, installedPgha, "upgrade", "--yes", "--binary", u.program("v1.0.2"))
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	u.await(t, "n1", "v1.0.2 on the witness", func(s node.Status) bool { return versions(s)["witness"] == "v1.0.2" })
-	if err := u.Host("n1").Signal(cmd, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	_ = cmd.Wait() // it was killed
+	u.cutShort(t, "n1", "v1.0.2", "--binary", u.program("v1.0.2"))
 	u.refusals(t)
 	u.await(t, "n1", "the witness to go back", func(s node.Status) bool { return cmp.Equal(versions(s), all("v1.0.0")) })
 	r := u.report(t, "witness")
@@ -288,8 +280,14 @@ func (u *upgrading) neverHealthy(t *testing.T, w *testbed.Writer) {
 	u.healthy(t)
 	u.unchanged(t, before)
 	u.unharmed(t, w)
-	if out := u.do(t, "n2", "events"); !strings.Contains(out, "the upgrade to v1.0.2 has failed, v1.0.0 runs again") {
-		t.Errorf("the events do not tell:\n%s", out)
+	err := testbed.Until(within(t, wait), "the events to tell", func() error {
+		if out := u.do(t, "n2", "events"); !strings.Contains(out, "the upgrade to v1.0.2 has failed, v1.0.0 runs again") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 
@@ -326,27 +324,63 @@ func (u *upgrading) refusals(t *testing.T) {
 	}
 }
 
+// cutShort begins an upgrade and kills the command when the witness runs the
+// version. The lock of an operation before may be left for a while.
+func (u *upgrading) cutShort(t *testing.T, host, version string, args ...string) {
+	t.Helper()
+	err := testbed.Until(within(t, wait), version+" on the witness", func() error {
+		var out bytes.Buffer
+		cmd := u.Host(host).Command(within(t, wait), installedPgha, append([]string{"upgrade", "--yes"}, args...)...)
+		cmd.Stderr = &out
+		if err := cmd.Start(); err != nil {
+			return testbed.Stop(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		for {
+			select {
+			case err := <-ended:
+				return fmt.Errorf("the command has ended: %w: %s", err, out.String())
+			case <-time.After(50 * time.Millisecond):
+			}
+			if u.report(t, "witness").Version == version {
+				return errors.Join(u.Host(host).Signal(cmd, syscall.SIGKILL), killed(<-ended))
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// killed is nil for the end of a command that was killed.
+func killed(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil
+	}
+	return fmt.Errorf("the command was to be killed: %w", err)
+}
+
 // interrupted: the command is killed when the first node has changed. Repeated on
 // the replica, it changes the rest, that host's own daemon in the middle.
 func (u *upgrading) interrupted(t *testing.T, w *testbed.Writer) {
 	before, leader := u.processes(t), u.healthy(t).Leader
 	from := other(leader)
-	cmd := u.Host(from).Command(within(t, wait), u.program("v1.1.0"), "upgrade", "--yes")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	u.await(t, leader, "v1.1.0 on the witness", func(s node.Status) bool { return versions(s)["witness"] == "v1.1.0" })
-	if err := u.Host(from).Signal(cmd, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	_ = cmd.Wait() // it was killed
+	u.cutShort(t, from, "v1.1.0", "--binary", u.program("v1.1.0"))
 	s := u.await(t, leader, "the mixture to be told", func(s node.Status) bool {
 		return slices.ContainsFunc(s.ToDo, func(d string) bool { return strings.Contains(d, "different versions of pgha run") })
 	})
 	t.Logf("killed at %v: %v", versions(s), s.ToDo)
 
-	out, err := u.Host(from).Command(within(t, 2*wait), u.program("v1.1.0"), "upgrade", "--yes").CombinedOutput()
-	t.Logf("root@%s:~# ./pgha upgrade --yes\n%s", from, out)
+	err := testbed.Until(within(t, 2*wait), "the rest of the upgrade", func() error {
+		out, err := u.Host(from).Command(within(t, 2*wait), u.program("v1.1.0"), "upgrade", "--yes").CombinedOutput()
+		t.Logf("root@%s:~# ./pgha upgrade --yes\n%s", from, out)
+		if err != nil && !strings.Contains(string(out), "another operation is under way") { // what is left of the one that was killed
+			return testbed.Stop(err)
+		}
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,33 @@ func Lost(ops []Op, have map[int64]bool) []int64 {
 	return lost
 }
 
+// LostTail returns an error unless the lost rows are the end of what an
+// asynchronous primary has acknowledged: none was acknowledged before since, and
+// none before a row was sent to the same primary that is there in the end.
+func LostTail(ops []Op, lost []int64, since time.Duration) error {
+	missing := map[int64]bool{}
+	for _, id := range lost {
+		missing[id] = true
+	}
+	kept := map[int]Op{} // by timeline: the one of those that are there that was sent last
+	for _, op := range ops {
+		if op.Kind == Append && op.Outcome == Done && !missing[op.ID] && op.Invoke >= kept[op.Timeline].Invoke {
+			kept[op.Timeline] = op
+		}
+	}
+	for _, op := range ops {
+		later := kept[op.Timeline]
+		switch {
+		case op.Kind != Append || !missing[op.ID]:
+		case op.Return < since:
+			return fmt.Errorf("row %d is lost, and was acknowledged %s before anything could be", op.ID, since-op.Return)
+		case op.Return < later.Invoke:
+			return fmt.Errorf("row %d is lost, and row %d is not, which was sent %s after that was acknowledged", op.ID, later.ID, later.Invoke-op.Return)
+		}
+	}
+	return nil
+}
+
 // Unwanted returns the ids of rows that are there although they were refused:
 // then the outcomes in the history are not to be trusted.
 func Unwanted(ops []Op, have map[int64]bool) []int64 {

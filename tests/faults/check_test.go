@@ -39,6 +39,35 @@ func TestLostAndUnwanted(t *testing.T) {
 	}
 }
 
+func TestLostTail(t *testing.T) {
+	at := func(id int64, timeline int, invoke, ret time.Duration) Op {
+		op := row("n1", timeline, invoke, ret)
+		op.ID = id
+		return op
+	}
+	unknown := at(9, 0, 90, 95)
+	unknown.Outcome = Unknown
+	ops := []Op{at(1, 1, 0, 10), at(2, 1, 5, 20), at(3, 1, 11, 12), at(4, 1, 30, 40), at(5, 2, 100, 110), unknown}
+	for name, c := range map[string]struct {
+		lost  []int64
+		since time.Duration
+		bad   string
+	}{
+		"nothing":                   {},
+		"the last":                  {lost: []int64{4}},
+		"the last few":              {lost: []int64{2, 3, 4}},
+		"at the same time":          {lost: []int64{2, 4}},
+		"all":                       {lost: []int64{1, 2, 3, 4}},
+		"of the new primary":        {lost: []int64{4, 5}},
+		"one before one that stays": {lost: []int64{1, 4}, bad: "row 1 is lost, and row 3 is not, which was sent 1ms after"},
+		"one in the middle":         {lost: []int64{3}, bad: "row 3 is lost, and row 4 is not, which was sent 18ms after"},
+		"too old":                   {lost: []int64{3, 4}, since: 13 * ms, bad: "row 3 is lost, and was acknowledged 1ms before"},
+		"just old enough":           {lost: []int64{2, 3, 4}, since: 12 * ms},
+	} {
+		t.Run(name, func(t *testing.T) { wantError(t, LostTail(ops, c.lost, c.since), c.bad) })
+	}
+}
+
 func TestReigns(t *testing.T) {
 	failed := row("n1", 1, 50, 60)
 	failed.Outcome = Unknown

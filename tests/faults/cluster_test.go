@@ -49,8 +49,9 @@ type cluster struct {
 }
 
 // newCluster brings up two data nodes and a witness, each with disks of its own
-// for PostgreSQL and etcd, which end with the test.
-func newCluster(t *testing.T) *cluster {
+// for PostgreSQL and etcd, which end with the test. initArgs are more arguments
+// of pgha init.
+func newCluster(t *testing.T, initArgs ...string) *cluster {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "pgha-faults-")
 	if err != nil {
@@ -66,7 +67,7 @@ func newCluster(t *testing.T) *cluster {
 	}
 	c := &cluster{Bed: bed, dir: dir}
 	t.Cleanup(func() { _ = bed.Close() })
-	if err := c.up(within(t, 3*patience)); err != nil {
+	if err := c.up(within(t, 3*patience), initArgs...); err != nil {
 		c.showLogs(t)
 		c.close(t)
 		t.Fatal(err)
@@ -89,7 +90,7 @@ func (c *cluster) close(t *testing.T) {
 	}
 }
 
-func (c *cluster) up(ctx context.Context) (err error) {
+func (c *cluster) up(ctx context.Context, initArgs ...string) (err error) {
 	for _, name := range hosts {
 		volumes := []lab.Volume{{Path: etcdVolume, Bytes: 512 << 20}}
 		if name != "witness" {
@@ -99,7 +100,7 @@ func (c *cluster) up(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	r, err := c.Init(ctx, "n1")
+	r, err := c.Init(ctx, "n1", initArgs...)
 	if err != nil {
 		return err
 	}
@@ -119,13 +120,13 @@ func (c *cluster) up(ctx context.Context) (err error) {
 	return err
 }
 
-// sql runs statements as the application's user, on the primary.
+// sql runs statements as the application's user, on the server of the data node.
 func (c *cluster) sql(ctx context.Context, host string, statements ...string) (string, error) {
-	return c.Pgha(ctx, host, "psql", "-d", testbed.AppDatabase, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1",
+	return c.Pgha(ctx, host, "psql", "--node", host, "-d", testbed.AppDatabase, "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1",
 		"-c", "SET ROLE "+testbed.AppUser+"; "+strings.Join(statements, "; "))
 }
 
-// rows returns the ids that the primary has, from first on.
+// rows returns the ids that the server of a data node has, from first on.
 func (c *cluster) rows(ctx context.Context, host string, first int64) (map[int64]bool, error) {
 	out, err := c.sql(ctx, host, fmt.Sprintf("SELECT id FROM fault_rows WHERE id >= %d", first))
 	if err != nil {

@@ -27,6 +27,7 @@ type trial struct {
 	captures map[string][]*Capture
 	first    int64         // id of the trial
 	injected time.Duration // when the fault began
+	ended    time.Duration // when the clients were stopped
 }
 
 func (c *cluster) begin(t *testing.T, seed uint64) *trial {
@@ -181,39 +182,56 @@ type result struct {
 	moved bool
 }
 
-// end waits until the cluster is whole, ends the clients, and checks what they
-// and the kernel have recorded.
-func (r *trial) end(expect expectation, bound time.Duration) result {
+// recordings are what a trial has left.
+type recordings struct {
+	primary string // in the end
+	ops     []Op
+	have    map[int64]bool // rows that the primary has in the end
+	reigns  []Reign
+	sent    map[string][]Packet // by host
+}
+
+// finish waits until the cluster is whole, ends the clients, and checks what
+// holds whatever was done: that primaries follow each other, and that none
+// answers after the next.
+func (r *trial) finish() recordings {
 	r.Helper()
 	s, err := r.healthy(within(r.T, patience))
 	r.must(err)
 	r.served(r.history.Now())
-	end := r.history.Now()
+	r.ended = r.history.Now()
 	r.stopClients()
-	ops := r.history.Ops()
-	have, err := r.rows(within(r.T, time.Minute), s.Leader, r.first)
+	rec := recordings{primary: s.Leader, ops: r.history.Ops(), sent: map[string][]Packet{}}
+	rec.have, err = r.rows(within(r.T, time.Minute), s.Leader, r.first)
 	r.must(err)
-	if lost := Lost(ops, have); len(lost) > 0 {
-		r.Errorf("%d acknowledged rows are lost: %v", len(lost), describe(ops, lost))
+	if unwanted := Unwanted(rec.ops, rec.have); len(unwanted) > 0 {
+		r.Errorf("%d refused rows are there: %v", len(unwanted), describe(rec.ops, unwanted))
 	}
-	if unwanted := Unwanted(ops, have); len(unwanted) > 0 {
-		r.Errorf("%d refused rows are there: %v", len(unwanted), describe(ops, unwanted))
-	}
-	reigns, err := Reigns(ops)
+	rec.reigns, err = Reigns(rec.ops)
 	if err != nil {
 		r.Errorf("two primaries: %v", err)
 	}
-	sent := map[string][]Packet{}
 	for host, captures := range r.captures {
 		for _, c := range captures {
 			packets, err := c.Stop()
 			r.must(err)
-			sent[host] = append(sent[host], packets...)
+			rec.sent[host] = append(rec.sent[host], packets...)
 		}
-		slices.SortStableFunc(sent[host], func(a, b Packet) int { return int(a.At - b.At) })
+		slices.SortStableFunc(rec.sent[host], func(a, b Packet) int { return int(a.At - b.At) })
 	}
-	if err := Shut(reigns, sent); err != nil {
+	if err := Shut(rec.reigns, rec.sent); err != nil {
 		r.Errorf("the gate was open for too long: %v", err)
+	}
+	return rec
+}
+
+// end finishes a trial of a synchronous cluster, in which nothing may be lost.
+func (r *trial) end(expect expectation, bound time.Duration) result {
+	r.Helper()
+	rec := r.finish()
+	ops, reigns, sent := rec.ops, rec.reigns, rec.sent
+	if lost := Lost(ops, rec.have); len(lost) > 0 {
+		r.Errorf("%d acknowledged rows are lost: %v", len(lost), describe(ops, lost))
 	}
 	if err := Linearizable(ops, time.Minute); err != nil {
 		r.Error(err)
@@ -223,7 +241,7 @@ func (r *trial) end(expect expectation, bound time.Duration) result {
 		r.Errorf("the primary was %s at first; reigns: %v; want: %s", r.leader, describeReigns(reigns), expect)
 	}
 	var at time.Duration
-	res.gap, at = Gap(ops, r.injected, end)
+	res.gap, at = Gap(ops, r.injected, r.ended)
 	if res.gap > bound {
 		r.Errorf("no row was acknowledged for %s, more than %s", res.gap.Round(time.Millisecond), bound)
 	}

@@ -391,11 +391,10 @@ func (j *journey) stopAndStart(t *testing.T) {
 	if left := ours(ctx, t, p); len(left) > 0 {
 		t.Errorf("running after the stop: %v", left)
 	}
-	before.clean++
-	if d := cmp.Diff(before, postgresStops(ctx, t, p), cmp.AllowUnexported(stops{})); d != "" {
-		t.Errorf("PostgreSQL's stops (-want +got):\n%s", d)
+	if got := postgresStops(ctx, t, p); got.clean <= before.clean || got.crashed != before.crashed {
+		t.Errorf("PostgreSQL's stops are %+v, were %+v: want a clean one more, and no crash", got, before)
 	}
-	waitStatus(t, replica, "promoted", func(s node.Status) bool { return s.Leader == replica.Name() })
+	handedOver(ctx, t, p, waitStatus(t, replica, "promoted", func(s node.Status) bool { return s.Leader == replica.Name() }))
 	j.ack(t, w)
 	if out := enter(ctx, t, p, int(node.Unknown), "pgha", "status"); !strings.Contains(out, "systemctl start pgha") {
 		t.Error("status where pgha is stopped does not say how to start it")
@@ -416,6 +415,9 @@ func (j *journey) stopAndStart(t *testing.T) {
 	}
 }
 
+// reboots is the update of the operating system: each host reboots once, and the
+// next one when status is healthy again. A data node that is the primary hands
+// over first.
 func (j *journey) reboots(t *testing.T) {
 	ctx := within(t, 10*time.Minute)
 	p, replica := j.primary(t)
@@ -424,13 +426,14 @@ func (j *journey) reboots(t *testing.T) {
 		if m != j.w {
 			before = postgresStops(ctx, t, m)
 		}
+		leader := waitHealthy(t, j.w).Leader
 		w := j.writer(t, p, replica)
 		start := time.Now()
 		if err := m.Reboot(ctx); err != nil {
 			t.Fatal(err)
 		}
 		t.Logf("%s rebooted in %.1f s", m.Name(), time.Since(start).Seconds())
-		waitHealthy(t, j.all()...)
+		s := waitHealthy(t, j.all()...)
 		j.ack(t, w)
 		failed := testbed.Failed(j.check(t, w))
 		if m == j.w {
@@ -439,10 +442,27 @@ func (j *journey) reboots(t *testing.T) {
 			}
 			continue
 		}
-		before.clean++
-		if d := cmp.Diff(before, postgresStops(ctx, t, m), cmp.AllowUnexported(stops{})); d != "" {
-			t.Errorf("PostgreSQL's stops on %s (-want +got):\n%s", m.Name(), d)
+		if leader != m.Name() {
+			t.Errorf("the primary is %q before the reboot of %s: the one before it has not handed over", leader, m.Name())
+		} else {
+			handedOver(ctx, t, m, s)
 		}
+		if got := postgresStops(ctx, t, m); got.clean <= before.clean || got.crashed != before.crashed {
+			t.Errorf("PostgreSQL's stops on %s are %+v, were %+v: want a clean one more, and no crash", m.Name(), got, before)
+		}
+	}
+}
+
+// handedOver checks that a machine that was the primary has handed over before it
+// stopped, and that the other one took writes before.
+func handedOver(ctx context.Context, t *testing.T, m *machine.Machine, s node.Status) {
+	t.Helper()
+	if s.Leader == m.Name() || s.Leader == "" {
+		t.Errorf("the primary is %q after %s was stopped", s.Leader, m.Name())
+	}
+	log := must(ctx, t, m, "sh", "-c", "grep -h 'hand-over before the stop' /var/log/pgha/pgha.log* | tail -n 6")
+	if !strings.Contains(log, "takes writes") {
+		t.Errorf("%s has stopped before the hand-over was through:\n%s", m.Name(), log)
 	}
 }
 

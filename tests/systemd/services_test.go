@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"pgha/node"
+	"pgha/systemd"
 	"pgha/tests/systemd/machine"
 )
 
@@ -73,12 +74,14 @@ func TestServicesOfTheDistribution(t *testing.T) {
 			}
 		}
 	})
+	t.Run("packages that are installed again restart nothing", func(t *testing.T) { packagesAgain(ctx, t, m) })
 	if t.Failed() {
 		return
 	}
 
 	t.Run("reset puts them back", func(t *testing.T) {
 		enter(ctx, t, m, 0, "pgha", "reset", "--yes")
+		must(ctx, t, m, "test", "!", "-e", systemd.NeedrestartPath)
 		checkBack := func() {
 			t.Helper()
 			if d := cmp.Diff(before, services(ctx, t, m)); d != "" {
