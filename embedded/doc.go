@@ -40,6 +40,13 @@
 // members' hashes at each compaction (CompactHashCheck); a difference shows as
 // a CORRUPT alarm in Status.
 //
+// # Snapshots
+//
+// SaveSnapshot writes the keyspace that this member has, quorum or not, to one
+// file with a hash over everything. Restore makes a member of a new cluster of
+// one from that: with new IDs, so that members of the old one, alive or not, are
+// strangers to it for good. Exchange puts it in the old one's place in one step.
+//
 // # Learners
 //
 // etcd's gRPC layer refuses most calls on a learner. A cluster of two nodes has

@@ -125,7 +125,9 @@ func (r Runtime) SetCert(ctx context.Context, path string, pem []byte) error {
 	return r.replace(ctx, "cert", path, pem)
 }
 
-// SetCA replaces the CA file that was loaded from path, like SetCert.
+// SetCA replaces the CA file that was loaded from path, like SetCert. HAProxy
+// 2.6 was seen to crash when a certificate and a CA file are both replaced so
+// while health checks use them: a Master.Reload is the safe way.
 func (r Runtime) SetCA(ctx context.Context, path string, pem []byte) error {
 	return r.replace(ctx, "ca-file", path, pem)
 }

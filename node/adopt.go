@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -71,6 +72,54 @@ func keepSettings(files ...[]byte) []byte {
 		}
 	}
 	return out.Bytes()
+}
+
+// stockSettings are what initdb and Debian write into every postgresql.conf: nobody
+// has chosen them.
+var stockSettings = map[string]string{
+	"shared_buffers": "128MB", "max_connections": "100", "max_wal_size": "1GB", "min_wal_size": "80MB",
+	"log_line_prefix": "%m [%p] %q%u@%d ",
+}
+
+// settingRE is a line of postgresql.conf: name, and value with or without quotes.
+var settingRE = regexp.MustCompile(`^\s*([A-Za-z_][A-Za-z0-9_.]*)\s*=?\s*(?:'((?:[^'\\]|'')*)'|([^\s#'=]+))\s*(?:#.*)?$`)
+
+// carriedSettings returns what the operator of an adopted PostgreSQL has chosen for
+// himself among the parameters that pgha sizes or sets to its own taste. As settings
+// of the cluster they stay, and can be changed.
+func carriedSettings(conf []byte) map[string]string {
+	out := map[string]string{}
+	for line := range strings.Lines(string(conf)) {
+		m := settingRE.FindStringSubmatch(strings.TrimRight(line, "\r\n"))
+		if m == nil {
+			continue
+		}
+		name, value := strings.ToLower(m[1]), strings.ReplaceAll(m[2], "''", "'")+m[3]
+		delete(out, name) // the last one counts
+		if !patroni.Adjustable(name) || value == stockSettings[name] || patroni.CheckParameter(name, value) != nil {
+			continue
+		}
+		if patroni.IsShared(name) && patroni.CheckShared(name, value, value) != nil {
+			continue // Patroni would not take it
+		}
+		out[name] = value
+	}
+	return out
+}
+
+// adoptedConf is the postgresql.conf that an adopted data directory will have.
+func adoptedConf(info patroni.DataDirInfo, dir string) ([]byte, error) {
+	if !info.Config {
+		return adoptedSettings(info.Major, dir)
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "postgresql.conf"))
+	if errors.Is(err, fs.ErrNotExist) { // Patroni has been here
+		data, err = os.ReadFile(filepath.Join(dir, "postgresql.base.conf"))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read settings of the adopted PostgreSQL: %w", err)
+	}
+	return data, nil
 }
 
 // adoptRoles makes the database roles that Patroni makes at a bootstrap of its

@@ -386,6 +386,7 @@ func (n *Node) reconcileHAProxy(ctx context.Context, w world) error {
 	n.haproxyStale = n.haproxyStale || changed // until a reload has come through
 	switch st := n.haproxy.Status().State; {
 	case st == supervisor.Stopped:
+		n.haproxyStale = false
 		return n.haproxy.Start(ctx)
 	case n.haproxyStale && st == supervisor.Running:
 		if err := n.reloadHAProxy(ctx); err != nil {

@@ -2,10 +2,12 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"pgha/cluster"
@@ -45,10 +47,13 @@ func (n *Node) etcdTrustDiffers() string {
 func (n *Node) etcdTrustLoop(ctx context.Context) error {
 	for sleep(ctx, time.Second) {
 		srv := n.etcd.Load()
-		if srv == nil || n.etcdTrustDiffers() == "" || n.snapshot().CA == nil {
+		if srv == nil {
 			continue
 		}
-		why, err := n.reloadEtcd(ctx, srv)
+		why, err := "", error(nil)
+		if n.etcdTrustDiffers() != "" && n.snapshot().CA != nil {
+			why, err = n.reloadEtcd(ctx, srv)
+		}
 		n.mu.Lock()
 		n.turnWaits = why
 		n.mu.Unlock()
@@ -88,14 +93,15 @@ func (n *Node) reloadEtcd(ctx context.Context, srv *embedded.Server) (string, er
 	key := cluster.NewStore(c, n.state.ClusterID).Prefix() + keyTurn
 	f := etcdTurnFacts{voter: !st.Learner}
 	now, err := c.Get(try, key)
-	if err != nil {
-		return "", fmt.Errorf("read whose turn it is: %w", err)
+	if err != nil { // as while another is becoming etcd's leader
+		return "etcd does not answer: " + err.Error(), nil
 	}
 	if len(now.Kvs) > 0 && string(now.Kvs[0].Value) != n.cfg.Name {
 		f.turn = string(now.Kvs[0].Value)
 	}
 	answers := map[uint64]bool{st.MemberID: true}
-	for _, r := range n.seen.lately() {
+	// Asked now: an answer of some seconds ago may be of a node that is off.
+	for _, r := range n.seen.ask(try, n.snapshot().Members) {
 		answers[r.Etcd.MemberID] = r.Etcd.HasLeader
 	}
 	for _, m := range st.Members {
@@ -108,13 +114,15 @@ func (n *Node) reloadEtcd(ctx context.Context, srv *embedded.Server) (string, er
 	}
 	lease, err := c.Grant(try, etcdTurn)
 	if err != nil {
-		return "", fmt.Errorf("take turn: %w", err)
+		return "etcd does not answer: " + err.Error(), nil
 	}
 	r, err := c.Txn(try).If(clientv3.Compare(clientv3.CreateRevision(key), "=", 0)).
 		Then(clientv3.OpPut(key, n.cfg.Name, clientv3.WithLease(lease.ID))).Commit()
 	if err != nil || !r.Succeeded {
-		_, _ = c.Revoke(context.WithoutCancel(try), lease.ID) // else it ends by itself
-		return "it is the turn of another node", err
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_, _ = c.Revoke(end, lease.ID) // else it ends by itself
+		return "it is the turn of another node", nil
 	}
 	return "", n.restartEtcd(ctx, srv, lease.ID)
 }
@@ -141,10 +149,22 @@ func (n *Node) restartEtcd(ctx context.Context, srv *embedded.Server, turn clien
 		}
 		n.log.Info("etcd has started again with the new CA certificates", "took", time.Since(began).Round(time.Millisecond))
 		n.wake()
-		if _, err := next.Client().Revoke(ctx, turn); err != nil {
-			return fmt.Errorf("give turn back: %w", err)
-		}
+		giveBack(ctx, next, turn)
 		return nil
 	}
 	return fmt.Errorf("start etcd again: %w", ctx.Err())
+}
+
+// giveBack ends a turn, which ends by itself with ctx: there may be no leader
+// for a moment.
+func giveBack(ctx context.Context, srv *embedded.Server, turn clientv3.LeaseID) {
+	for ctx.Err() == nil {
+		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+		_, err := srv.Client().Revoke(try, turn)
+		cancel()
+		if err == nil || errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			return
+		}
+		sleep(ctx, 100*time.Millisecond)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -71,7 +72,7 @@ type eventLog struct {
 // event tells of something that has happened. It never waits: the event is stored
 // in the cluster soon after, or when there is a quorum again.
 func (n *Node) event(kind EventKind, subject, actor, format string, args ...any) {
-	e := Event{Node: n.cfg.Name, Kind: kind, Subject: subject, Actor: actor, Text: fmt.Sprintf(format, args...)}
+	e := Event{Node: n.cfg.Name, Kind: kind, Subject: subject, Actor: actor, Text: oneLine(fmt.Sprintf(format, args...))}
 	n.log.Info("event", "kind", string(kind), "subject", subject, "actor", actor, "text", e.Text)
 	n.news.mu.Lock()
 	defer n.news.mu.Unlock()
@@ -90,6 +91,11 @@ func (n *Node) event(kind EventKind, subject, actor, format string, args ...any)
 		default:
 		}
 	}
+}
+
+// oneLine writes a text, such as that of joined errors, on one line.
+func oneLine(s string) string {
+	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
 }
 
 func (n *Node) eventDir() string { return eventPrefix + n.state.ClusterID + "/" }

@@ -207,7 +207,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 			since = time.Time{}
 		case since.IsZero(): // it has just ended: on purpose?
 			since = time.Now()
-			restarting = g.patroniRestarts(ctx)
+			restarting = g.n.restarting.Load() > 0 || g.patroniRestarts(ctx)
 		}
 		l.Restarting = p.Kind == postgres.Gone && restarting && time.Since(since) < restartingFor && !l.Stopping
 		g.gate.Local(l)

@@ -133,7 +133,7 @@ func (n *Node) setGeneration(g Generation) error {
 	kept := g
 	kept.Former = nil
 	bar := l.barred
-	if g.By == n.cfg.Name && g.replaces(l.own) {
+	if g.By == n.cfg.Name && g.Number > l.own.Number {
 		bar = nil
 	}
 	if err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: bar}, 0o600); err != nil {
@@ -141,15 +141,6 @@ func (n *Node) setGeneration(g Generation) error {
 	}
 	l.own = g
 	return nil
-}
-
-// generationText names the node's generation in what an operator reads.
-func (n *Node) generationText() string {
-	g := n.generation()
-	if g.Number <= 1 {
-		return ""
-	}
-	return fmt.Sprintf("%d, begun on %s at %s", g.Number, g.By, g.At.Local().Format(time.DateTime))
 }
 
 // barNode takes this node out of service for good: its gate shuts at once, then

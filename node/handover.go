@@ -3,15 +3,11 @@ package node
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
-
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"pgha/cluster"
 	"pgha/gate"
@@ -56,16 +52,16 @@ func (n *Node) logSteps(what string) steps {
 
 // handOver moves PostgreSQL's leadership to the replica called target, or with ""
 // to the best one, and tells each step with say. It works on any data node and
-// returns the new primary when that takes writes and the old one is back as its
+// returns when the new primary takes writes and the old one is back as its
 // replica, in sync where commits wait for it. A refusal is a [cluster.Error], and
 // nothing has been changed; any other error says what state is left.
-func (n *Node) handOver(ctx context.Context, say func(string, ...any), target string) (to string, err error) {
+func (n *Node) handOver(ctx context.Context, say func(string, ...any), target string) error {
 	s := &sayer{say: say}
-	r, err := n.moveLeadership(ctx, s, target, true)
+	_, err := n.moveLeadership(ctx, s, target, true)
 	if err != nil && s.left != "" {
 		err = fmt.Errorf("%w; %s", err, s.left)
 	}
-	return r.To, err
+	return err
 }
 
 // handOverMember is a member as decideHandOver looks at it.
@@ -185,101 +181,6 @@ func unknownNode(name string, members []handOverMember) error {
 	return refused(cluster.CodeBadRequest, "there is no node %q: the cluster has %s", name, strings.Join(known, ", "))
 }
 
-// leadership is who has it, as one linearizable transaction shows it.
-type leadership struct {
-	View    patroni.ClusterView
-	Record  gate.Record // the zero value when there is none
-	Rev     int64       // of the record
-	Request request     // what Patroni has been asked for and has not cleared away
-}
-
-// request is Patroni's failover key.
-type request struct {
-	Leader string `json:"leader"` // from whom; "" = whoever it is
-	Member string `json:"member"` // to whom; "" = the best
-	At     string `json:"scheduled_at"`
-}
-
-// pending says in words what a request asks of the present leader, "" where there
-// is none, or one that is over: Patroni clears it away in its next round.
-func (r request) pending(leader string) string {
-	switch {
-	case r == request{}, r.Leader != "" && r.Leader != leader, r.Member == leader:
-		return ""
-	case r.At != "":
-		return "a switchover at " + r.At
-	case r.Member != "":
-		return "a switchover to " + r.Member
-	}
-	return "a switchover"
-}
-
-// serving is the node that may serve writes, "" for none: it owns the gate, has
-// it open, and holds Patroni's leader key.
-func (l leadership) serving() string {
-	if l.Record.State == gate.Open && l.View.Leader == l.Record.Owner {
-		return l.Record.Owner
-	}
-	return ""
-}
-
-// readLeadership needs a quorum.
-func (n *Node) readLeadership(ctx context.Context) (leadership, error) {
-	var l leadership
-	c, err := n.etcdClient()
-	if err != nil {
-		return l, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	r, err := c.Txn(ctx).Then(clientv3.OpGet(gateStore{n}.key()), clientv3.OpGet(patroni.Prefix(n.cfg.Cluster), clientv3.WithPrefix())).Commit()
-	if err != nil {
-		return l, fmt.Errorf("read who leads: %w", err)
-	}
-	for _, kv := range r.Responses[0].GetResponseRange().Kvs {
-		if l.Record, err = gate.ParseRecord(kv.Value); err != nil {
-			return l, err
-		}
-		l.Rev = kv.ModRevision
-	}
-	var kvs []patroni.KV
-	failover := patroni.Prefix(n.cfg.Cluster) + patroni.KeyFailover
-	for _, kv := range r.Responses[1].GetResponseRange().Kvs {
-		kvs = append(kvs, patroni.KV{Key: string(kv.Key), Value: kv.Value, ModRevision: kv.ModRevision, Lease: kv.Lease})
-		if string(kv.Key) == failover {
-			_ = json.Unmarshal(kv.Value, &l.Request) // what cannot be read is nothing to Patroni either
-		}
-	}
-	l.View, err = patroni.ParseView(n.cfg.Cluster, kvs)
-	return l, err
-}
-
-// memberNamed returns a member of the roster.
-func (n *Node) memberNamed(name string) (cluster.Member, error) {
-	members := n.snapshot().Members
-	i := slices.IndexFunc(members, func(m cluster.Member) bool { return m.Name == name })
-	if i < 0 {
-		return cluster.Member{}, refused(cluster.CodeNoMember, "the cluster has no member %q", name)
-	}
-	return members[i], nil
-}
-
-// patroniOf speaks to the Patroni of a member.
-func (n *Node) patroniOf(m cluster.Member) *patroni.Client {
-	return n.restClient(n.snapshot(), m.Addr, m.Ports.Patroni)
-}
-
-// reportOf asks a member, which may be this node, for its report.
-func (n *Node) reportOf(ctx context.Context, m cluster.Member) (Report, error) {
-	if m.Name == n.cfg.Name {
-		return n.report(ctx), nil
-	}
-	var r Report
-	ctx, cancel := context.WithTimeout(ctx, 2*askTimeout)
-	defer cancel()
-	return r, n.seen.call(ctx, http.MethodGet, m.APIAddr(), "/v1/node", nil, &r)
-}
-
 // observeHandOver looks at everything that a hand-over depends on.
 func (n *Node) observeHandOver(ctx context.Context) (handOverObservation, leadership, error) {
 	l, err := n.readLeadership(ctx)
@@ -385,8 +286,8 @@ func (h *handing) waitOpen(ctx context.Context, to string) error {
 	h.seen = time.Now()
 	for {
 		l, err := h.n.readLeadership(ctx)
-		done := false
 		if err == nil {
+			var done bool
 			last = fmt.Sprintf("the gate's record names %s, %s", l.Record.Owner, l.Record.State)
 			done, err = h.look(l, to)
 			if done || err != nil {
@@ -479,7 +380,7 @@ func (h *handing) waitFollows(ctx context.Context) error {
 	}
 	wake := h.n.waker()
 	last := "it does not stream yet"
-	for {
+	for streamed := 0; ; {
 		st, err := h.n.primaryStatus(ctx, m)
 		l, lerr := h.n.readLeadership(ctx)
 		i := slices.IndexFunc(st.Replication, func(r patroni.ReplicaStatus) bool {
@@ -493,53 +394,25 @@ func (h *handing) waitFollows(ctx context.Context) error {
 			h.tell.Leaves("%s is the primary, or about to be: see pgha status", l.Record.Owner)
 			return fmt.Errorf("%s has lost the leadership again, to %s", h.r.To, l.Record.Owner)
 		case i < 0:
+			streamed = 0
 		case l.Request != request{}:
 			last = "Patroni has not cleared the request away yet"
-		case h.async || old.Tags["nosync"] == true || slices.Contains(l.View.Sync.Standbys, h.r.From):
+		case streamed < 5:
+			// A round of the primary's Patroni that began before it streamed may still
+			// take it out of those in sync.
+			streamed++
+		case h.async || old.Tags["nosync"] == true || len(l.View.Sync.Standbys) > 0: // of several replicas one confirms
 			h.tell.Say("%s follows as a replica", h.r.From)
 			h.tell.Leaves("%s is the primary, and %s its replica", h.r.To, h.r.From)
 			return nil
 		default:
 			last = "it streams, and is not in sync yet"
 		}
-		if i >= 0 {
-			wake(ctx, h.r.To) // what is left is for its Patroni to see
-		}
+		// It makes the old primary's slot, and waits for the one in sync, in its next
+		// round.
+		wake(ctx, h.r.To)
 		if !sleep(ctx, 4*handOverPoll) {
 			return fmt.Errorf("wait until %s follows: %w; %s", h.r.From, context.Cause(ctx), last)
 		}
 	}
-}
-
-// checkpointOn has the PostgreSQL of a member write a checkpoint.
-func (n *Node) checkpointOn(ctx context.Context, m cluster.Member) error {
-	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
-	defer cancel()
-	if m.Name == n.cfg.Name {
-		return n.checkpoint(ctx)
-	}
-	return n.seen.call(ctx, http.MethodPost, m.APIAddr(), pathCheckpoint, nil, nil)
-}
-
-// checkpoint writes one in this node's PostgreSQL.
-func (n *Node) checkpoint(ctx context.Context) error {
-	c, err := n.localPostgres(ctx)
-	if err != nil {
-		return fmt.Errorf("connect to PostgreSQL: %w", err)
-	}
-	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
-	if _, err := c.Exec(ctx, "CHECKPOINT"); err != nil {
-		return fmt.Errorf("write a checkpoint: %w", err)
-	}
-	return nil
-}
-
-func (n *Node) checkpointHandler(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), checkpointTimeout)
-	defer cancel()
-	err := refused(cluster.CodeBadRequest, "a witness has no PostgreSQL")
-	if n.cfg.Role == cluster.RoleData {
-		err = n.checkpoint(ctx)
-	}
-	reply(w, struct{}{}, err)
 }

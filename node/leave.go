@@ -102,7 +102,7 @@ func (n *Node) leave(ctx context.Context, tell steps, r leaveRequest) error {
 		return nil
 	}
 	if o.leader {
-		if _, err := n.handOver(ctx, tell.Say, ""); err != nil {
+		if err := n.handOver(ctx, tell.Say, ""); err != nil {
 			return err
 		}
 	}

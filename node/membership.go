@@ -120,7 +120,7 @@ func (n *Node) memberRemove(ctx context.Context, o *Operation, raw json.RawMessa
 func (n *Node) retire(ctx context.Context, o *Operation, m cluster.Member, seen removeObservation, allowEven bool) (told bool, err error) {
 	if seen.leader {
 		o.Say("%s is the primary: handing over first", m.Name)
-		if _, err := n.handOver(ctx, o.Say, ""); err != nil {
+		if err := n.handOver(ctx, o.Say, ""); err != nil {
 			return false, err
 		}
 	}

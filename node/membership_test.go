@@ -1,9 +1,13 @@
 package node
 
 import (
+	"context"
+	"crypto/tls"
 	"errors"
+	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -177,4 +181,39 @@ func TestRemovalIsKept(t *testing.T) {
 	if !n.leaving.Load() {
 		t.Error("Patroni would be started again")
 	}
+}
+
+// A node in doubt asks until somebody can tell, and believes it.
+func TestWatchStanding(t *testing.T) {
+	n := opened(t)
+	var asked atomic.Int32
+	sock, err := tls.Listen("tcp", "127.0.0.1:0", n.certs.ServerConfig(tls.RequireAndVerifyClientCert))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST "+pathStanding, func(w http.ResponseWriter, r *http.Request) {
+		var req StandingRequest
+		err := decode(w, r, &req)
+		switch asked.Add(1) {
+		case 1:
+			err = errors.New("no quorum")
+		case 2:
+			reply(w, Standing{}, err) // a member
+			return
+		}
+		reply(w, Standing{Removed: &cluster.FormerMember{Name: "n1", By: "root@n2", Why: "it was removed"}}, err)
+	})
+	run(t, func(ctx context.Context) error { return serveHTTP(ctx, sock, mux, discardLog()) })
+	at := netip.MustParseAddrPort(sock.Addr().String())
+	peer := cluster.Member{Name: "n2", Addr: at.Addr()}
+	peer.Ports.API = at.Port()
+	n.remember(world{Members: []cluster.Member{n.self(), peer}})
+	n.doubtful(forEver)
+	run(t, n.watchStanding)
+	until(t, "the node believes it", func() bool { return n.removal.Load() != nil })
+	if r := n.removal.Load(); asked.Load() != 3 || r.By != "root@n2" || r.Why != "it was removed" {
+		t.Errorf("after %d questions: %+v", asked.Load(), r)
+	}
+	n.seen.client.CloseIdleConnections()
 }

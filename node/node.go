@@ -93,7 +93,8 @@ type Node struct {
 	memory    memory     // what was last known of the whole cluster
 	packages  packages
 
-	settingAside atomic.Bool // Patroni has to wait while its data directory is moved
+	settingAside atomic.Bool  // Patroni has to wait while its data directory is moved
+	restarting   atomic.Int32 // restarts of PostgreSQL that Patroni was asked for
 
 	mu        sync.Mutex
 	waiting   string               // what the start waits for; "" once it is over
@@ -293,6 +294,9 @@ func (n *Node) Run(ctx context.Context) error {
 		n.log.Warn("cannot tell systemd", "err", err)
 	}
 	n.notifyWatchdog(systemd.WatchdogInterval()) // an image before may have changed it
+	ping, endPing := context.WithCancel(context.WithoutCancel(ctx))
+	defer endPing()
+	go func() { _ = n.pingWatchdog(ping) }() // also while the node stops; it ends with ping alone
 	// What runs goes on after ctx until the leadership has been handed over.
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
@@ -332,7 +336,6 @@ func (n *Node) Run(ctx context.Context) error {
 	serve("watch firewall", n.watchFirewall)
 	serve("keep events", n.keepEvents)
 	serve("prove this version", n.prove)
-	serve("ping watchdog", n.pingWatchdog)
 	if n.cfg.Role == cluster.RoleData {
 		serve("route", n.router.loop)
 		serve("check roles", n.rolesLoop)

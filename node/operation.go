@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"pgha/cluster"
@@ -25,6 +26,9 @@ const (
 	lockTTL = 15
 	// lockTimeout bounds the taking and the giving back of the lock.
 	lockTimeout = 5 * time.Second
+	// lockTries is how often its lease is asked for: what was on its way when
+	// etcd's leader was lost is answered by nobody.
+	lockTries = 3
 	// operationTimeout bounds an operation whose operator gave no limit.
 	operationTimeout = time.Hour
 
@@ -274,21 +278,30 @@ func (n *Node) lockOperation(ctx context.Context, lost context.CancelCauseFunc, 
 	if err != nil {
 		return nil, fmt.Errorf("encode lock: %w", err)
 	}
-	try, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	lease, err := c.Grant(try, lockTTL)
+	lease, err := grantLease(ctx, c)
 	if err != nil {
 		return nil, noLock(err)
 	}
+	try, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
 	release := func() {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), lockTimeout)
 		defer cancel()
-		c, err := n.etcdClient() // the member may have been started again meanwhile
-		if err == nil {
-			_, err = c.Revoke(end, lease.ID)
-		}
-		if err != nil {
-			n.log.Warn("cannot give the operation's lock back; it ends by itself", "seconds", lockTTL, "err", err)
+		for {
+			c, err := n.etcdClient() // the member may have been started again meanwhile
+			if err == nil {
+				// A change of etcd's leader swallows what was asked just before it.
+				try, stop := context.WithTimeout(end, time.Second)
+				_, err = c.Revoke(try, lease.ID)
+				stop()
+			}
+			if err == nil || errors.Is(err, rpctypes.ErrLeaseNotFound) {
+				return
+			}
+			if !sleep(end, 100*time.Millisecond) {
+				n.log.Warn("cannot give the operation's lock back; it ends by itself", "seconds", lockTTL, "err", err)
+				return
+			}
 		}
 	}
 	key := n.operationKey()
@@ -343,6 +356,20 @@ func (n *Node) keepLock(ctx context.Context, lease clientv3.LeaseID, beats <-cha
 			beats = closed
 		}
 	}
+}
+
+// grantLease asks for the lock's lease. One that was granted and not heard of
+// ends by itself.
+func grantLease(ctx context.Context, c *clientv3.Client) (lease *clientv3.LeaseGrantResponse, err error) {
+	for range lockTries {
+		try, cancel := context.WithTimeout(ctx, lockTimeout)
+		lease, err = c.Grant(try, lockTTL)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return lease, err
 }
 
 func noLock(err error) error {

@@ -95,7 +95,7 @@ func TestOperation(t *testing.T) {
 		}
 	}
 	refused("add", `{"C":1}`, cluster.CodeBadRequest, "C")
-	refused("nosuch", `null`, cluster.CodeBadRequest, "add, locked")
+	refused("nosuch", `null`, cluster.CodeBadRequest, "add, ", "locked, ")
 	refused("refuse", `null`, cluster.CodeConflict, "it cannot be")
 	refused("locked", `null`, cluster.CodeUnavailable)
 

@@ -230,6 +230,7 @@ func (n *Node) status(ctx context.Context) Status {
 	v := assess(o)
 	s.Members, s.Leader = o.members, o.leader
 	s.Health, s.Promise, s.Survives, s.Verdict, s.ToDo = v.health, v.promise, v.survives, v.text, append(v.todo, waitingRestarts(o.members)...)
+	s.Generation = n.generation().Number
 	s.Problems, s.Paused, s.Planned = self.Problems, w.View.Paused, w.Planned
 	s.ToDo = append(s.ToDo, caToDo(w)...)
 	if !hasMajority(o) {
@@ -344,7 +345,7 @@ func ghosts(roster []cluster.Member, members []embedded.Member) []string {
 	var out []string
 	for _, e := range members {
 		if !slices.ContainsFunc(roster, func(m cluster.Member) bool { return m.Name == e.Name || m.PeerURL() == e.PeerURL }) {
-			out = append(out, fmt.Sprintf("etcd has a member %q (%s) that is no node of this cluster", e.Name, e.PeerURL))
+			out = append(out, fmt.Sprintf("etcd has a member %q (%s) that is no node of this cluster: pgha member remove %x", e.Name, e.PeerURL, e.ID))
 		}
 	}
 	return out

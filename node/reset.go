@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -69,12 +70,31 @@ func stopLeftover(ctx context.Context, p Paths, name string) error {
 func stopDaemon(ctx context.Context, p Paths) error {
 	r, err := NewLocal(p).Report(ctx)
 	if errors.Is(err, ErrNotRunning) {
-		return nil
+		return stopSilent(ctx, p)
 	}
 	if err != nil {
 		return fmt.Errorf("find the daemon: %w", err)
 	}
 	return terminate(ctx, r.PID, syscall.SIGTERM, 3*time.Minute)
+}
+
+// stopSilent ends a daemon that does not answer yet, or any more: it is known by
+// its lock.
+func stopSilent(ctx context.Context, p Paths) error {
+	unlock, err := lockDaemon(p)
+	if err == nil {
+		unlock()
+		return nil
+	}
+	if errors.Is(err, fs.ErrNotExist) { // no daemon has run since the boot
+		return nil
+	}
+	text, rerr := os.ReadFile(p.lock())
+	pid, perr := strconv.Atoi(strings.TrimSpace(string(text)))
+	if rerr != nil || perr != nil || pid <= 1 {
+		return fmt.Errorf("find the daemon: %w", err)
+	}
+	return terminate(ctx, pid, syscall.SIGTERM, 3*time.Minute)
 }
 
 // terminate sends sig and waits until the process is gone.

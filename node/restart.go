@@ -14,7 +14,17 @@ import (
 	"pgha/supervisor"
 )
 
-const taskReload = "reload"
+const (
+	taskReload  = "reload"
+	taskRestart = "restart"
+
+	// restartTimeout bounds a restart of PostgreSQL, the recovery of what it had
+	// not yet written included.
+	restartTimeout = 30 * time.Minute
+	// successorTimeout is for how long it is waited that a replica that was
+	// restarted can take over again.
+	successorTimeout = time.Minute
+)
 
 // RestartRequest asks for restarts of PostgreSQL.
 type RestartRequest struct {
@@ -239,13 +249,18 @@ func (n *Node) askRestart(ctx context.Context, tell steps, leader string, m clus
 		return err
 	}
 	asked := make(chan error, 1)
-	go func() { asked <- n.patroniOf(m).Restart(ctx, false) }()
+	go func() { asked <- n.onNode(ctx, m, taskRestart, struct{}{}, nil) }()
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
 	for {
 		select {
 		case err := <-asked:
-			return n.notRestarted(ctx, m, err)
+			if err != nil {
+				return fmt.Errorf("restart PostgreSQL on %s: %w", m.Name, err)
+			}
+			return nil
+		case <-ctx.Done(): // it goes on by itself
+			return fmt.Errorf("restart PostgreSQL on %s: %w", m.Name, context.Cause(ctx))
 		case <-t.C:
 			if m.Name != leader {
 				_ = n.patroniOf(primary).Wake(ctx) // it looks in its next round otherwise
@@ -254,18 +269,20 @@ func (n *Node) askRestart(ctx context.Context, tell steps, leader string, m clus
 	}
 }
 
-// notRestarted says in words why Patroni has not restarted PostgreSQL, or nil.
-func (n *Node) notRestarted(ctx context.Context, m cluster.Member, err error) error {
+// restartTask has this node's Patroni restart PostgreSQL, and waits for it. The
+// gate is told first: a primary that ends without a reason is given up to the
+// replica at once. It goes on when whoever asked has gone.
+func (n *Node) restartTask(ctx context.Context, _ json.RawMessage) (any, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), restartTimeout)
+	defer cancel()
+	n.restarting.Add(1)
+	defer n.restarting.Add(-1)
+	err := n.restClient(n.snapshot(), n.cfg.Address, n.cfg.Ports.Patroni).Restart(ctx, false)
 	var status *patroni.StatusError
-	switch {
-	case err == nil:
-		return nil
-	case ctx.Err() != nil:
-		return fmt.Errorf("restart PostgreSQL on %s: %w", m.Name, context.Cause(ctx))
-	case errors.As(err, &status):
-		return refused(cluster.CodeUnavailable, "Patroni on %s has not restarted PostgreSQL: %s: see pgha logs postgres on %s", m.Name, status.Message, m.Name)
+	if errors.As(err, &status) {
+		err = refused(cluster.CodeUnavailable, "Patroni says %q: see pgha logs postgres on %s", status.Message, n.cfg.Name)
 	}
-	return fmt.Errorf("restart PostgreSQL on %s: %w", m.Name, err)
+	return struct{}{}, err
 }
 
 // restartReplica restarts a replica and waits until it streams again and commits
@@ -309,6 +326,31 @@ func (n *Node) restartPrimary(ctx context.Context, tell steps, name string) erro
 	}
 }
 
+// waitSuccessor waits until a replica can take over from the primary. One whose
+// Patroni or PostgreSQL has just started is left out for a moment.
+func (n *Node) waitSuccessor(ctx context.Context, tell steps) error {
+	end, said := time.Now().Add(successorTimeout), false
+	for {
+		o, l, err := n.observeHandOver(ctx)
+		if err == nil {
+			_, err = decideHandOver(o, "")
+		}
+		if err == nil || o.paused || time.Now().After(end) {
+			return err
+		}
+		if !said {
+			said = true
+			tell.Say("waiting until a replica can take over: %v", err)
+		}
+		if primary, err := n.memberNamed(l.serving()); err == nil {
+			_ = n.patroniOf(primary).Wake(ctx) // it looks in its next round otherwise
+		}
+		if !sleep(ctx, time.Second) {
+			return fmt.Errorf("wait until a replica can take over: %w", context.Cause(ctx))
+		}
+	}
+}
+
 // restartByHandOver hands over from the primary, which restarts it as a replica.
 func (n *Node) restartByHandOver(ctx context.Context, tell steps, async bool, name string) (to string, err error) {
 	m, err := n.memberNamed(name)
@@ -318,6 +360,9 @@ func (n *Node) restartByHandOver(ctx context.Context, tell steps, async bool, na
 	before, err := n.primaryStatus(ctx, m)
 	if err != nil {
 		return "", fmt.Errorf("ask Patroni of %s: %w", name, err)
+	}
+	if err := n.waitSuccessor(ctx, tell); err != nil {
+		return "", err
 	}
 	r, err := n.moveLeadership(ctx, tell, "", true)
 	if err != nil {

@@ -320,6 +320,7 @@ func blocked(silent, waiting []string) string {
 // have, or, if it is enough, all that answer. It returns who is silent.
 func (n *Node) awaitTaken(ctx context.Context, o *Operation, what string, members func(cluster.Member) bool, has func(cluster.Taken) bool, reachable bool) (silent []string, err error) {
 	done, said := map[string]bool{}, ""
+	seen, since := "", time.Time{} // what it waits for, and since when
 	for {
 		silent, waiting := []string(nil), []string{"etcd"}
 		if store := n.store.Load(); store != nil {
@@ -344,12 +345,15 @@ func (n *Node) awaitTaken(ctx context.Context, o *Operation, what string, member
 		if len(waiting) == 0 && (len(silent) == 0 || reachable) {
 			return silent, nil
 		}
-		if text := blocked(silent, waiting); text != said {
-			said = text
-			o.Say("%s", text)
+		if text := blocked(silent, waiting); text != seen {
+			seen, since = text, time.Now()
+		}
+		if seen != said && time.Since(since) > 2*time.Second { // not every passing moment
+			said = seen
+			o.Say("%s", said)
 		}
 		if !sleep(ctx, 300*time.Millisecond) {
-			return silent, &notTaken{why: said}
+			return silent, &notTaken{why: seen}
 		}
 	}
 }

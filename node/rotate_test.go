@@ -3,6 +3,7 @@ package node
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"pgha/cluster"
 )
@@ -78,5 +79,70 @@ func TestBlocked(t *testing.T) {
 		if got := blocked(tc.silent, tc.waiting); got != tc.want {
 			t.Errorf("blocked(%v, %v) = %q, want %q", tc.silent, tc.waiting, got, tc.want)
 		}
+	}
+}
+
+// TestFollowCA walks a node's files through a replacement of the CA, and back to
+// an older state, as whoever holds etcd's keys could write it again.
+func TestFollowCA(t *testing.T) {
+	n := opened(t)
+	w := asFounder(n)
+	state, err := n.ownCAState(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := state.Certs[0]
+	follow := func(s cluster.CAState) error {
+		w.CA = &s
+		return n.followCA(w)
+	}
+	step := func(plan caPlan, roles int) cluster.CAState {
+		t.Helper()
+		next, err := n.nextCAState(*state, plan)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := follow(next); err != nil {
+			t.Fatal(err)
+		}
+		if trust, err := n.pki.Trust(); err != nil || string(trust) != string(next.Trust()) {
+			t.Errorf("phase %s: ca.crt holds %s (%v)", next.Phase, trust, err)
+		}
+		if _, err := n.ca(); err != nil {
+			t.Errorf("phase %s: this node cannot sign: %v", next.Phase, err)
+		}
+		if due, err := n.dueCertificates(w, time.Now()); err != nil || len(due) != roles {
+			t.Errorf("phase %s: certificates to renew are %v (%v), want %d", next.Phase, due, err, roles)
+		}
+		due, err := n.dueCertificates(w, time.Now())
+		if err == nil {
+			err = n.reissue(t.Context(), w, due)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range n.cfg.Role.Roles() {
+			if err := n.pki.Verify(n.state.ClusterID, n.cfg.Name, r); err != nil {
+				t.Errorf("phase %s: %v", next.Phase, err)
+			}
+		}
+		state = &next
+		return next
+	}
+	trusted := step(caStart, 0)
+	step(caSign, 5)
+	step(caBack, 5)
+	step(caSign, 5)
+	last := step(caDrop, 0)
+	if err := follow(trusted); err == nil || !strings.Contains(err.Error(), "step 1") {
+		t.Errorf("an older state is followed: %v", err)
+	}
+	if trust, err := n.pki.Trust(); err != nil || string(trust) != string(last.Trust()) || strings.Contains(string(trust), string(old)) {
+		t.Errorf("an older state has brought the former CA back: %v", err)
+	}
+	// What etcd has lost, the node's own files still say.
+	own, err := n.ownCAState(last.Step)
+	if err != nil || own.Step != last.Step || string(own.Trust()) != string(last.Trust()) {
+		t.Errorf("the node's own state is %+v, %v", own, err)
 	}
 }

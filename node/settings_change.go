@@ -155,6 +155,10 @@ func (n *Node) notFollowed(ctx context.Context, result *ConfigResult, rev int64)
 			missing = append(missing, fmt.Sprintf("%s (%s)", name, why))
 			continue
 		}
+		if row, ok := s.parameter("synchronous_standby_names"); ok && result.next.Async && s.Primary && row.Setting != "" {
+			missing = append(missing, fmt.Sprintf("%s (commits still wait for %s)", name, row.Setting))
+			continue
+		}
 		result.Taken = append(result.Taken, name)
 		if slices.ContainsFunc(result.Restart, func(p string) bool {
 			row, ok := s.parameter(p)

@@ -41,6 +41,11 @@ func PrepareInit(p Paths, cfg Config, settings cluster.Settings, sans []string, 
 			return s, err
 		}
 		s.Adopted, s.SystemID = adopt, info.SystemID
+		conf, err := adoptedConf(info, adopt)
+		if err != nil {
+			return s, err
+		}
+		settings.Postgres = carriedSettings(conf)
 	}
 	own, err := lookupOwners(cluster.RoleData)
 	if err != nil {

@@ -159,8 +159,15 @@ func dailyDue(all []SnapshotInfo, now time.Time) bool {
 func (n *Node) snapshotLoop(ctx context.Context) error {
 	t := time.NewTicker(snapshotLook)
 	defer t.Stop()
+	var last time.Time // when the list was last found to need no other
 	for {
-		n.partProblem(ctx, "daily snapshot", n.dailySnapshot(ctx))
+		if time.Since(last) >= snapshotAge/24 {
+			done, err := n.dailySnapshot(ctx)
+			n.partProblem(ctx, "daily snapshot", err)
+			if done {
+				last = time.Now()
+			}
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -177,27 +184,29 @@ func (n *Node) woken(c <-chan time.Time) <-chan time.Time {
 	return c
 }
 
-func (n *Node) dailySnapshot(ctx context.Context) error {
+// dailySnapshot saves one if it is due, and says whether there is one now.
+func (n *Node) dailySnapshot(ctx context.Context) (bool, error) {
 	srv := n.etcd.Load()
 	if srv == nil || n.generation().Number == 0 { // not before the cluster has been seen whole
-		return nil
+		return false, nil
 	}
 	st, err := srv.Status(ctx)
 	if err != nil || !st.HasLeader {
-		return nil // what a node has without the others may be old
+		return false, nil // what a node has without the others may be old
 	}
 	all, err := ListSnapshots(n.paths)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !dailyDue(all, time.Now()) {
-		return nil
+		return true, nil
 	}
 	file, err := n.saveSnapshot(ctx, reasonDaily)
-	if err == nil {
-		n.log.Info("saved the cluster's state", "file", file)
+	if err != nil {
+		return false, err
 	}
-	return err
+	n.log.Info("saved the cluster's state", "file", file)
+	return true, nil
 }
 
 // safetySnapshot saves the state before something dangerous is done.

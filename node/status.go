@@ -62,6 +62,9 @@ type Status struct {
 	Paused    bool           `json:"paused,omitempty"` // automatic failover is off
 	// Planned is a switchover that is to come.
 	Planned *PlannedSwitchover `json:"planned_switchover,omitempty"`
+
+	// Generation counts how often the cluster was begun anew from one node, from 1.
+	Generation uint64 `json:"generation,omitempty"`
 }
 
 // Promise says what happens to acknowledged commits when a node is lost.

@@ -25,6 +25,7 @@ var tasks map[string]task
 func init() {
 	tasks = map[string]task{
 		taskReload:   (*Node).reloadTask,
+		taskRestart:  (*Node).restartTask,
 		taskRenew:    (*Node).renewProgramsTask,
 		taskPackages: (*Node).packagesTask,
 		taskUpgrade:  (*Node).upgradePackagesTask,

@@ -133,8 +133,9 @@ func decideTrial(o trialObservation) (trialAction, string) {
 	return trialWait, missing
 }
 
-// observeTrial looks at this node as the version on trial finds it.
-func (n *Node) observeTrial(ctx context.Context, t *trial, start time.Time) trialObservation {
+// observeTrial looks at this node as the version on trial finds it. first is when
+// it first read the cluster's state, for the next look.
+func (n *Node) observeTrial(ctx context.Context, t *trial, start time.Time, first *time.Time) trialObservation {
 	o := trialObservation{before: t.Before, now: n.health(), elapsed: time.Since(start)}
 	if srv := n.etcd.Load(); srv != nil {
 		if st, err := srv.Status(ctx); err == nil {
@@ -142,7 +143,10 @@ func (n *Node) observeTrial(ctx context.Context, t *trial, start time.Time) tria
 		}
 	}
 	n.mu.Lock()
-	o.read = n.world.ViewedAt.After(start) && n.lastTick.After(n.world.ViewedAt)
+	if first.IsZero() && n.world.ViewedAt.After(start) {
+		*first = n.world.ViewedAt
+	}
+	o.read = !first.IsZero() && n.lastTick.After(*first)
 	n.mu.Unlock()
 	if n.keeper != nil {
 		g := n.keeper.report(ctx)
@@ -161,9 +165,9 @@ func (n *Node) prove(ctx context.Context) error {
 	if t == nil {
 		return nil
 	}
-	start, last := time.Now(), ""
+	start, first, last := time.Now(), time.Time{}, ""
 	for {
-		what, why := decideTrial(n.observeTrial(ctx, t, start))
+		what, why := decideTrial(n.observeTrial(ctx, t, start, &first))
 		if what == trialConfirm {
 			err := n.install(ctx, t)
 			if err == nil {

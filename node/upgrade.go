@@ -21,8 +21,10 @@ const (
 	// trialWatched is how long a node may take from the start of a trial until it
 	// answers as what it has become.
 	trialWatched = trialTime + trialGrace + time.Minute
-	// readyWithin is how long the cluster may take to be whole again after a node.
-	readyWithin = 5 * time.Minute
+	// readyWithin is how long the cluster may take to be whole again after a node,
+	// readyAtFirst how long it may take before anything was changed.
+	readyWithin  = 5 * time.Minute
+	readyAtFirst = 20 * time.Second
 
 	pathProgram      = "/v1/program"       // PUT: a program comes in
 	pathProgramCheck = "/v1/program/check" // POST: is it there, and would it run?
@@ -154,12 +156,18 @@ func (n *Node) upgrade(ctx context.Context, o *Operation, raw json.RawMessage) (
 		return result, nil
 	}
 	if req.Node == "" {
-		// Right after this node's own part the others may still be looking for it.
-		if err := n.awaitReady(ctx); err != nil {
+		limit := readyAtFirst
+		if slices.ContainsFunc(plan, func(m upgradeNode) bool { return m.trial }) {
+			limit = readyWithin // what was begun before is still under way
+		}
+		if err := n.awaitReady(ctx, o, limit); err != nil {
 			return nil, &cluster.Error{Code: cluster.CodeConflict, Message: err.Error() + ": an upgrade takes a whole cluster (to change one node of a broken one: --node)"}
 		}
 	}
 	for _, m := range plan {
+		if m.trial {
+			continue // it has it
+		}
 		if err := n.bringProgram(ctx, o, m.name, req); err != nil {
 			return nil, err
 		}
@@ -167,7 +175,7 @@ func (n *Node) upgrade(ctx context.Context, o *Operation, raw json.RawMessage) (
 	o.Leaves("some nodes may run %s, the others what they ran before, which work together; repeat the command to go on", req.Version)
 	for _, m := range plan {
 		if req.Node == "" {
-			if err := n.awaitReady(ctx); err != nil {
+			if err := n.awaitReady(ctx, o, readyWithin); err != nil {
 				return nil, err
 			}
 		}
@@ -182,7 +190,7 @@ func (n *Node) upgrade(ctx context.Context, o *Operation, raw json.RawMessage) (
 		}
 	}
 	if req.Node == "" {
-		return result, n.awaitReady(ctx)
+		return result, n.awaitReady(ctx, o, readyWithin)
 	}
 	return result, nil
 }
@@ -208,11 +216,15 @@ func upgradeNodes(s Status, reports map[string]Report, version string) []upgrade
 }
 
 // awaitReady waits until the next node may be changed.
-func (n *Node) awaitReady(ctx context.Context) error {
-	wait, cancel := context.WithTimeout(ctx, readyWithin)
+func (n *Node) awaitReady(ctx context.Context, o *Operation, limit time.Duration) error {
+	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	for {
+	for last := ""; ; {
 		why := notReady(n.status(wait))
+		if why != "" && why != last {
+			last = why
+			o.Say("waiting: %s", why)
+		}
 		switch {
 		case why == "":
 			return nil

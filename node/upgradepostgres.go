@@ -35,6 +35,10 @@ func (n *Node) listPackages(ctx context.Context) (PackagesResult, error) {
 
 // packagesHandler serves the command line.
 func (n *Node) packagesHandler(w http.ResponseWriter, r *http.Request) {
+	if n.cfg.Role != cluster.RoleData {
+		reply(w, nil, refused(cluster.CodeBadRequest, "a witness has none of these packages: run it on %s", orList(n.dataNodes())))
+		return
+	}
 	p, err := n.listPackages(r.Context())
 	reply(w, p, err)
 }
@@ -199,5 +203,8 @@ func (n *Node) restartPending(ctx context.Context, op *Operation, name string, r
 	if done.HandedOver != "" {
 		r.HandedOver = done.HandedOver
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return n.waitSuccessor(ctx, op)
 }

@@ -101,6 +101,20 @@ func IsShared(name string) bool {
 	return ok
 }
 
+// Adjustable says whether a parameter is one that pgha sets to a value of its own
+// unless the operator has chosen another.
+func Adjustable(name string) bool {
+	name = strings.ToLower(name)
+	if _, is := Owned(name); is {
+		return false
+	}
+	c := Config{}
+	_, taste := c.defaultParameters()[name]
+	_, sized := c.localSizing()[name]
+	_, shared := sharedMinimum[name]
+	return taste || sized || shared
+}
+
 // CheckShared says what is wrong with the value of a shared parameter: Patroni
 // reads it too, and more strictly than PostgreSQL. base is the value in the
 // parameter's own unit, as PostgreSQL shows it in pg_settings.

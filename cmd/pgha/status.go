@@ -115,7 +115,11 @@ func unitHints(ctx context.Context) []string {
 
 // printStatus writes the page an operator lives by.
 func printStatus(w io.Writer, s node.Status) {
-	fmt.Fprintf(w, "Cluster  %s (%s), seen by %s\n", s.Cluster, s.ClusterID, s.SeenBy)
+	generation := ""
+	if s.Generation > 1 {
+		generation = fmt.Sprintf(", generation %d", s.Generation)
+	}
+	fmt.Fprintf(w, "Cluster  %s (%s)%s, seen by %s\n", s.Cluster, s.ClusterID, generation, s.SeenBy)
 	fmt.Fprintf(w, "Promise  %s\n", s.Promise.Text)
 	if s.Gate != nil {
 		fmt.Fprintf(w, "Gate     %s\n", s.Gate.GateText())

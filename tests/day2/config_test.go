@@ -28,9 +28,9 @@ func TestConfig(t *testing.T) {
 	}
 	r.step(t, "parameters", r.configParameters)
 	r.step(t, "refusals", r.configRefusals)
-	r.step(t, "restart", r.configRestart)
 	r.step(t, "clients and rules", r.configClients)
 	r.step(t, "asynchronous and back", r.configAsync)
+	r.step(t, "restart", r.configRestart)
 	r.step(t, "editor", r.configEditor)
 	r.step(t, "history, diff and rollback", r.configHistory)
 	r.step(t, "behind pgha's back", r.configForeign)

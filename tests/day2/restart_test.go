@@ -59,31 +59,6 @@ func TestRestart(t *testing.T) {
 		}
 		r.unharmed(t, w)
 	})
-	r.step(t, "a rolling restart brings a setting in", func(t *testing.T, _ *testbed.Writer) {
-		leader := r.healthy(t).Leader
-		before := r.postmasters(t)
-		r.do(t, "n1", "config", "set", "--yes", "postgresql.max_connections=150")
-		r.await(t, "n1", "both nodes to wait for a restart", func(s node.Status) bool {
-			return strings.Contains(strings.Join(s.ToDo, "\n"), "restart of PostgreSQL on n1 and n2: pgha restart --rolling --pending") && s.Health == node.Healthy
-		})
-		t.Log(r.do(t, "n1", "restart", "--rolling", "--pending", "--json"))
-		r.await(t, "n1", "the other to lead, and nothing to wait", func(s node.Status) bool {
-			return s.Leader == other(leader) && len(s.ToDo) == 0
-		})
-		after := r.postmasters(t)
-		for _, h := range []string{"n1", "n2"} {
-			if before[h] == after[h] {
-				t.Errorf("PostgreSQL on %s has not restarted", h)
-			}
-			if got := strings.TrimSpace(r.do(t, "n1", "psql", "--node", h, "-XAtc", "SHOW max_connections")); got != "150" {
-				t.Errorf("max_connections on %s is %s", h, got)
-			}
-		}
-		r.do(t, "n2", "restart", "--rolling", "--pending") // there is nothing left to do
-		if now := r.postmasters(t); fmt.Sprint(now) != fmt.Sprint(after) {
-			t.Errorf("a restart of what is pending, and nothing was: postmasters before %v and after %v", after, now)
-		}
-	})
 	r.step(t, "the primary restarts in its place", func(t *testing.T, _ *testbed.Writer) {
 		leader := r.healthy(t).Leader
 		before := r.postmasters(t)
@@ -119,6 +94,31 @@ func TestRestart(t *testing.T) {
 		r.unharmed(t, w)
 	})
 	r.step(t, "databases and users", r.users)
+	r.step(t, "a rolling restart brings a setting in", func(t *testing.T, _ *testbed.Writer) {
+		leader := r.healthy(t).Leader
+		before := r.postmasters(t)
+		r.do(t, "n1", "config", "set", "--yes", "postgresql.max_connections=150")
+		r.await(t, "n1", "both nodes to wait for a restart", func(s node.Status) bool {
+			return strings.Contains(strings.Join(s.ToDo, "\n"), "restart of PostgreSQL on n1 and n2: pgha restart --rolling --pending") && s.Health == node.Healthy
+		})
+		t.Log(r.do(t, "n1", "restart", "--rolling", "--pending", "--json"))
+		r.await(t, "n1", "the other to lead, and nothing to wait", func(s node.Status) bool {
+			return s.Leader == other(leader) && len(s.ToDo) == 0
+		})
+		after := r.postmasters(t)
+		for _, h := range []string{"n1", "n2"} {
+			if before[h] == after[h] {
+				t.Errorf("PostgreSQL on %s has not restarted", h)
+			}
+			if got := strings.TrimSpace(r.do(t, "n1", "psql", "--node", h, "-XAtc", "SHOW max_connections")); got != "150" {
+				t.Errorf("max_connections on %s is %s", h, got)
+			}
+		}
+		r.do(t, "n2", "restart", "--rolling", "--pending") // there is nothing left to do
+		if now := r.postmasters(t); fmt.Sprint(now) != fmt.Sprint(after) {
+			t.Errorf("a restart of what is pending, and nothing was: postmasters before %v and after %v", after, now)
+		}
+	})
 }
 
 // read runs a pgha command and decodes what it prints.
@@ -178,7 +178,7 @@ func (r *rig) newPackages(t *testing.T, _ *testbed.Writer) {
 	if now := r.postmasters(t); fmt.Sprint(now) != fmt.Sprint(before) {
 		t.Errorf("PostgreSQL restarted by itself: %v, then %v", before, now)
 	}
-	r.refused(t, "witness", []string{"upgrade", "postgres", "--yes"}, "witness")
+	r.refused(t, "witness", []string{"upgrade", "postgres", "--yes"}, "run it on n1 or n2")
 	r.do(t, "n1", "upgrade", "postgres", "--yes", "--no-download")
 	r.await(t, "n1", "the other to lead, and nothing to wait", func(s node.Status) bool {
 		return s.Leader == other(leader) && len(s.ToDo) == 0

@@ -282,12 +282,12 @@ func (r *rig) replaceCA(t *testing.T, leader string, held *holding) {
 	if err := r.PowerOff("witness"); err != nil {
 		t.Fatal(err)
 	}
-	// It may have led etcd: until there is another leader nothing can begin.
-	r.await(t, leader, "the loss of the witness to be noticed", func(s node.Status) bool {
-		return s.Health == node.Degraded && s.Leader == leader && !slices.ContainsFunc(s.Members, func(m node.MemberStatus) bool { return m.Name == "witness" && m.Reachable })
+	// It has led etcd: until there is another leader nothing can begin.
+	r.await(t, leader, "another to lead etcd", func(s node.Status) bool {
+		return slices.ContainsFunc(s.Members, func(m node.MemberStatus) bool { return m.EtcdLeader && m.Name != "witness" })
 	})
 	r.refused(t, leader, []string{"rotate", "ca", "--timeout", "15s"}, "witness does not answer", "pgha rotate ca goes on waiting")
-	r.refused(t, leader, []string{"rotate", "ca", "--sign", "--yes"}, "confirmed the step before (witness)")
+	r.refused(t, leader, []string{"rotate", "ca", "--sign", "--yes"}, "confirmed the step before (", "witness)")
 	if err := r.PowerOn(t.Context(), "witness"); err != nil {
 		t.Fatal(err)
 	}

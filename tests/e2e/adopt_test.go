@@ -29,6 +29,8 @@ func TestAdoptAndInterruptedJoin(t *testing.T) {
 	}
 	wantSQL(t, bed, "n1", "SELECT count(*) FROM old", "1000")
 	wantSQL(t, bed, "n1", "SHOW deadlock_timeout", "7s")
+	wantSQL(t, bed, "n1", "SHOW maintenance_work_mem", "77MB") // which pgha would size
+	wantSQL(t, bed, "n1", "SHOW max_connections", "123")
 	wantSQL(t, bed, "n1", "SHOW ssl", "on")
 
 	interruptJoin(t, bed, "n2", r.Data.Token)
@@ -79,6 +81,8 @@ PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -n 1):$PATH
 cd /var/lib/pgha/old
 initdb -D %[1]s >/dev/null
 echo "deadlock_timeout = 7s" >> %[1]s/postgresql.conf
+echo "maintenance_work_mem = 77MB  # chosen" >> %[1]s/postgresql.conf
+echo "max_connections = 123" >> %[1]s/postgresql.conf
 pg_ctl -D %[1]s -w -s -l log -o "-c listen_addresses= -k /var/lib/pgha/old" start
 psql -h /var/lib/pgha/old -X -q -c "CREATE TABLE old AS SELECT generate_series(1, 1000) AS n"
 pg_ctl -D %[1]s -w -s -m fast stop`, adoptedDir)

@@ -42,6 +42,7 @@ func TestQuickStart(t *testing.T) {
 		{"clients", j.clients},
 		{"ports", j.ports},
 		{"unit", j.unit},
+		{"another program in the daemon's process", j.upgrades},
 		{"restart, kill and freeze pgha", j.restarts},
 		{"stop and start", j.stopAndStart},
 		{"reboots", j.reboots},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 )
 
 var version = "v0.0.0"
@@ -18,7 +19,9 @@ func main() {
 		fmt.Printf(`{"program": "pgha", "version": %q}`, version)
 	case slices.Equal(args, []string{"run", "--check"}):
 	case strings.HasSuffix(version, "-rc1"):
-		select {}
+		for { // an empty select would be found to be a deadlock, and end
+			time.Sleep(time.Hour)
+		}
 	default:
 		panic("this is a broken pgha")
 	}
