@@ -113,6 +113,8 @@ func mergeParameters(states map[string]SettingsState) []ConfigValue {
 			c := ConfigValue{Key: ParameterPrefix + f.Name, Value: f.Value, Where: "not by pgha: " + f.Where, Quiet: f.Where == "postgresql.base.conf"}
 			if row, ok := s.parameter(f.Name); ok && row.Pending {
 				c.Restart = []string{node}
+			} else if ok {
+				c.Value = row.Shown // Patroni's key may have it as true where PostgreSQL has on
 			}
 			put(node, c)
 		}

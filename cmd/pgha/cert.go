@@ -16,7 +16,7 @@ import (
 
 func certCommand() *cli.Command {
 	return &cli.Command{
-		Name: "cert", Category: "cluster", Usage: "show the nodes' certificates, renew them, print the CA for clients",
+		Name: "cert", Category: "settings", Usage: "show the nodes' certificates, renew them, print the CA for clients",
 		Subcommands: []*cli.Command{
 			{Name: "list", Usage: "list the certificates of all nodes", Flags: []cli.Flag{jsonFlag}, Action: listCerts},
 			{

@@ -24,7 +24,7 @@ func configCommand() *cli.Command {
 	restart := &cli.BoolFlag{Name: "restart", Usage: "then restart PostgreSQL where a change needs it, one node after the other"}
 	change := append([]cli.Flag{nodeFlag, dryRun, restart}, operationFlags...)
 	return &cli.Command{
-		Name: "config", Category: "cluster", Usage: "show and change the settings of the cluster and of PostgreSQL",
+		Name: "config", Category: "settings", Usage: "show and change the settings of the cluster and of PostgreSQL",
 		Subcommands: []*cli.Command{
 			{Name: "show", Usage: "list the settings, and where each comes from", Flags: []cli.Flag{
 				&cli.BoolFlag{Name: "all", Usage: "every parameter of PostgreSQL, also those that nobody has set"}, nodeFlag, jsonFlag,

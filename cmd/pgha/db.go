@@ -15,7 +15,7 @@ import (
 
 func dbCommand() *cli.Command {
 	return &cli.Command{
-		Name: "db", Category: "cluster", Usage: "make and list databases for applications",
+		Name: "db", Category: "settings", Usage: "make and list databases for applications",
 		Subcommands: []*cli.Command{
 			{
 				Name: "create", ArgsUsage: "NAME",

@@ -17,7 +17,7 @@ var allowLossFlag = &cli.BoolFlag{Name: "allow-data-loss", Usage: "go on where c
 
 func recoverCommand() *cli.Command {
 	return &cli.Command{
-		Name: "recover", Category: "cluster",
+		Name: "recover", Category: "recovery",
 		Usage: "begin the cluster anew from what is left of it",
 		Subcommands: []*cli.Command{{
 			Name:  "quorum",

@@ -10,7 +10,7 @@ import (
 
 func rotateCommand() *cli.Command {
 	return &cli.Command{
-		Name: "rotate", Category: "operation", Usage: "replace the cluster's passwords or its certificate authority; no session breaks",
+		Name: "rotate", Category: "settings", Usage: "replace the cluster's passwords or its certificate authority; no session breaks",
 		Subcommands: []*cli.Command{
 			{
 				Name: "passwords", Usage: "new passwords for Patroni's API and the status page, on all data nodes",

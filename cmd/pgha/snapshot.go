@@ -15,7 +15,7 @@ import (
 
 func snapshotCommand() *cli.Command {
 	return &cli.Command{
-		Name: "snapshot", Category: "cluster",
+		Name: "snapshot", Category: "recovery",
 		Usage: "save and restore the cluster's state (not the database)",
 		Subcommands: []*cli.Command{
 			{

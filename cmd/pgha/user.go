@@ -20,7 +20,7 @@ import (
 
 func userCommand() *cli.Command {
 	return &cli.Command{
-		Name: "user", Category: "cluster", Usage: "make, list and drop users for applications",
+		Name: "user", Category: "settings", Usage: "make, list and drop users for applications",
 		Subcommands: []*cli.Command{
 			{
 				Name: "create", ArgsUsage: "NAME", Usage: "make a user, and show how to connect as it, once",
