@@ -128,6 +128,7 @@ func start(ctx context.Context, cfg Config, p plan) (*Server, error) {
 	s.rpc.open(s.es)
 	s.client = v3client.New(s.es)
 	go s.watch()
+	go s.tunePeers()
 	if err := ctx.Err(); err != nil {
 		s.Stop()
 		return nil, fmt.Errorf("start etcd: %w", err)
