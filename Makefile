@@ -18,10 +18,10 @@ TEST_PACKAGES = \
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ROOT_EXEC := $(if $(SUDO),-exec 'sudo -E')
 
-# Room for two cores that whole clusters share. One package at a time where the
-# hosts of a test keep both busy; a run that hangs shows its goroutines.
-GO_TEST = $(GO) test -race -timeout 30m $(ROOT_EXEC)
-SCENARIOS = ./tests/cluster/... ./tests/e2e/... ./tests/day2/... ./tests/systemd/... ./tests/faults/...
+# Room for two cores that whole clusters share; a run that hangs shows its
+# goroutines. Tests of clusters wait most of the time: two packages at once.
+GO_TEST = $(GO) test -race -timeout 40m $(ROOT_EXEC)
+SCENARIOS = ./tests/day2/... ./tests/e2e/... ./tests/systemd/... ./tests/faults/... ./tests/cluster/...
 
 LINT = $(GO) tool -modfile=tools/go.mod golangci-lint
 
@@ -46,7 +46,7 @@ unit: ## test the packages
 	$(GO) test -timeout 30m -v -run 'Simulation|Mutations' ./gate
 
 scenarios: build ## test etcd members, whole clusters and booted hosts together
-	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 1 $(SCENARIOS)
+	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 2 $(SCENARIOS)
 
 # A run takes hours: ROUNDS=1 does each fault once.
 ROUNDS ?= 20

@@ -33,7 +33,8 @@ func TestCAStateSteps(t *testing.T) {
 		{"back from the start", []func(CAState) (CAState, error){start, CAState.Back}, "", ""},
 		{"drop the only one", []func(CAState) (CAState, error){CAState.Drop}, "", ""},
 	} {
-		s, before := one, one
+		s := one
+		var before CAState
 		var err error
 		for _, step := range tc.steps {
 			before = s

@@ -57,8 +57,8 @@ func (n *Node) trusted() []CAReport {
 	return out
 }
 
-// NodeCerts are the certificates of a node.
-type NodeCerts struct {
+// CertsReport are the certificates of a node.
+type CertsReport struct {
 	Node      string       `json:"node"`
 	Reachable bool         `json:"reachable"`
 	Trusted   []CAReport   `json:"trusted_cas,omitempty"` // the one that signs first
@@ -70,24 +70,24 @@ func (n *Node) certsHandler(w http.ResponseWriter, r *http.Request) {
 }
 
 // allCerts asks every member for its certificates.
-func (n *Node) allCerts(ctx context.Context) []NodeCerts {
+func (n *Node) allCerts(ctx context.Context) []CertsReport {
 	w := n.snapshot()
 	reports := n.seen.ask(ctx, w.Members)
 	reports[n.cfg.Name] = n.report(ctx)
 	if len(w.Members) == 0 { // not read yet
 		w.Members = []cluster.Member{{Name: n.cfg.Name}}
 	}
-	var out []NodeCerts
+	var out []CertsReport
 	for _, m := range w.Members {
 		r, ok := reports[m.Name]
-		out = append(out, NodeCerts{Node: m.Name, Reachable: ok, Trusted: r.Trusted, Certs: r.Certs})
+		out = append(out, CertsReport{Node: m.Name, Reachable: ok, Trusted: r.Trusted, Certs: r.Certs})
 	}
 	return out
 }
 
 // Certificates returns the certificates of all members that answer.
-func (l *Local) Certificates(ctx context.Context) ([]NodeCerts, error) {
-	var out []NodeCerts
+func (l *Local) Certificates(ctx context.Context) ([]CertsReport, error) {
+	var out []CertsReport
 	return out, l.call(ctx, http.MethodGet, "/v1/certificates", nil, &out)
 }
 

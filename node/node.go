@@ -249,6 +249,21 @@ func (n *Node) openData() error {
 	return nil
 }
 
+// openFirewall prepares the firewall, or takes it away where it is off.
+func (n *Node) openFirewall(ctx context.Context) error {
+	if n.cfg.Firewall.Mode != FirewallOff {
+		fw, err := firewall.New(n.opts.Log)
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		n.fw = fw
+	} else if err := removeFirewall(ctx); err != nil {
+		// It may be off because this host has no nftables.
+		n.log.Warn("cannot make sure that the firewall's table is gone", "err", err)
+	}
+	return nil
+}
+
 // Run runs the node until ctx ends, or etcd dies of a fatal error. How it
 // leaves the children is decided by why it stops: see stop.
 func (n *Node) Run(ctx context.Context) error {
@@ -260,15 +275,8 @@ func (n *Node) Run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if n.cfg.Firewall.Mode != FirewallOff {
-		fw, err := firewall.New(n.opts.Log)
-		if err != nil {
-			return fmt.Errorf("open nftables: %w", err)
-		}
-		n.fw = fw
-	} else if err := removeFirewall(ctx); err != nil {
-		// It may be off because this host has no nftables.
-		n.log.Warn("cannot make sure that the firewall's table is gone", "err", err)
+	if err := n.openFirewall(ctx); err != nil {
+		return err
 	}
 	if !n.opts.Foreground {
 		// A node that an earlier pgha has installed is told of here.

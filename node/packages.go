@@ -282,8 +282,8 @@ type PackageVersion struct {
 	Pending string `json:"pending,omitempty"`
 }
 
-// NodePackages are the packages of a node.
-type NodePackages struct {
+// PackagesReport are the packages of a node.
+type PackagesReport struct {
 	Node     string           `json:"node"`
 	Major    int              `json:"major"` // of its PostgreSQL
 	Packages []PackageVersion `json:"packages"`
@@ -300,7 +300,7 @@ func (n *Node) packageNames() map[string]string {
 
 // packagesTask tells which versions this node runs, has and could have.
 func (n *Node) packagesTask(ctx context.Context, _ json.RawMessage) (any, error) {
-	out := NodePackages{Node: n.cfg.Name, Major: n.pgMajor()}
+	out := PackagesReport{Node: n.cfg.Name, Major: n.pgMajor()}
 	names := n.packageNames()
 	known, err := host.Candidates(ctx, names[PartPatroni], names[PartHAProxy], fmt.Sprintf("postgresql-%d", n.pgMajor()))
 	if err != nil {

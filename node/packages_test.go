@@ -105,22 +105,22 @@ func TestWaitingRestarts(t *testing.T) {
 }
 
 func TestDecideUpgradePostgres(t *testing.T) {
-	pg := func(name string, major int, pkg, installed, available string) NodePackages {
-		return NodePackages{Node: name, Major: major, Packages: []PackageVersion{{Part: PartPostgres, Package: pkg, Installed: installed, Available: available}}}
+	pg := func(name string, major int, pkg, installed, available string) PackagesReport {
+		return PackagesReport{Node: name, Major: major, Packages: []PackageVersion{{Part: PartPostgres, Package: pkg, Installed: installed, Available: available}}}
 	}
 	for what, tc := range map[string]struct {
-		nodes []NodePackages
+		nodes []PackagesReport
 		no    bool // --no-download
 		why   string
 	}{
-		"a new minor version": {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "15.14-1", "15.15-1"), pg("n2", 15, "postgresql-15", "15.15-1", "15.15-1")}},
-		"apt knows none":      {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "15.14-1", "")}},
-		"another major":       {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "15.14-1", "16.1-1")}, why: "pgha upgrades minor versions only"},
-		"with an epoch":       {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "15.14-1", "1:17.1-1")}, why: "pgha upgrades minor versions only"},
-		"two majors":          {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "15.14-1", ""), pg("n2", 17, "postgresql-17", "17.1-1", "")}, why: "n1 has PostgreSQL 15 and n2 has 17"},
-		"on disk already":     {nodes: []NodePackages{pg("n1", 15, "postgresql-15", "16.0-1", "")}, no: true, why: "its data is of PostgreSQL 15"},
-		"no package":          {nodes: []NodePackages{pg("n1", 15, "", "", "")}, why: "--no-download"},
-		"no package, on disk": {nodes: []NodePackages{pg("n1", 15, "", "", "")}, no: true},
+		"a new minor version": {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "15.14-1", "15.15-1"), pg("n2", 15, "postgresql-15", "15.15-1", "15.15-1")}},
+		"apt knows none":      {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "15.14-1", "")}},
+		"another major":       {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "15.14-1", "16.1-1")}, why: "pgha upgrades minor versions only"},
+		"with an epoch":       {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "15.14-1", "1:17.1-1")}, why: "pgha upgrades minor versions only"},
+		"two majors":          {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "15.14-1", ""), pg("n2", 17, "postgresql-17", "17.1-1", "")}, why: "n1 has PostgreSQL 15 and n2 has 17"},
+		"on disk already":     {nodes: []PackagesReport{pg("n1", 15, "postgresql-15", "16.0-1", "")}, no: true, why: "its data is of PostgreSQL 15"},
+		"no package":          {nodes: []PackagesReport{pg("n1", 15, "", "", "")}, why: "--no-download"},
+		"no package, on disk": {nodes: []PackagesReport{pg("n1", 15, "", "", "")}, no: true},
 	} {
 		wants(t, what, decideUpgradePostgres(tc.nodes, tc.no), tc.why)
 	}

@@ -50,17 +50,18 @@ type reactor struct {
 func (r *reactor) run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { r.watchStandbys(ctx) })
-	wg.Go(func() { every(ctx, reactEvery, r.patroniRounds(ctx)) })
-	wg.Go(func() { every(ctx, reactEvery, r.serverRounds(ctx)) })
-	wg.Go(func() { every(ctx, reactEvery, r.diskRounds(ctx)) })
-	wg.Go(func() { every(ctx, reactEvery, r.quorumRounds(ctx)) })
+	wg.Go(func() { every(ctx, r.patroniRounds(ctx)) })
+	wg.Go(func() { every(ctx, r.serverRounds(ctx)) })
+	wg.Go(func() { every(ctx, r.diskRounds(ctx)) })
+	wg.Go(func() { every(ctx, r.quorumRounds(ctx)) })
 	wg.Wait()
 }
 
-func every(ctx context.Context, d time.Duration, f func()) {
+// every calls f every 100 ms until ctx ends.
+func every(ctx context.Context, f func()) {
 	for {
 		f()
-		if !sleep(ctx, d) {
+		if !sleep(ctx, reactEvery) {
 			return
 		}
 	}

@@ -34,5 +34,7 @@ func TestStopSilentDaemon(t *testing.T) {
 	if err := stopDaemon(t.Context(), p); err != nil {
 		t.Error(err)
 	}
-	<-ended
+	if err := <-ended; err == nil {
+		t.Error("it was not ended by a signal")
+	}
 }

@@ -122,11 +122,11 @@ func (p restartPlan) empty() bool {
 }
 
 // observeRestart looks at everything that restarts depend on.
-func (n *Node) observeRestart(ctx context.Context) (restartObservation, leadership, error) {
-	h, l, err := n.observeHandOver(ctx)
+func (n *Node) observeRestart(ctx context.Context) (restartObservation, error) {
+	h, _, err := n.observeHandOver(ctx)
 	o := restartObservation{handOverObservation: h, pending: map[string]string{}, programs: map[string][]string{}}
 	if err != nil {
-		return o, l, err
+		return o, err
 	}
 	for _, m := range h.members {
 		if m.SettingsPending {
@@ -140,7 +140,7 @@ func (n *Node) observeRestart(ctx context.Context) (restartObservation, leadersh
 			}
 		}
 	}
-	return o, l, nil
+	return o, nil
 }
 
 // restart restarts PostgreSQL as the request asks for.
@@ -149,7 +149,7 @@ func (n *Node) restart(ctx context.Context, op *Operation, raw json.RawMessage) 
 	if err := decodeRequest(raw, &req); err != nil {
 		return nil, err
 	}
-	o, _, err := n.observeRestart(ctx)
+	o, err := n.observeRestart(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -356,7 +356,7 @@ func (r Report) health() health {
 func (n *Node) watchTrial(ctx context.Context, m cluster.Member, t *UpgradeReport) (Report, error) {
 	wait, cancel := context.WithTimeout(ctx, trialWatched)
 	defer cancel()
-	last := error(errors.New("it has not answered"))
+	var last error
 	for {
 		try, end := context.WithTimeout(wait, askTimeout)
 		var r Report

@@ -14,17 +14,17 @@ import (
 
 // PackagesResult is the packages of all data nodes.
 type PackagesResult struct {
-	Nodes []NodePackages `json:"nodes"`
+	Nodes []PackagesReport `json:"nodes"`
 }
 
 // listPackages asks all data nodes for their packages.
 func (n *Node) listPackages(ctx context.Context) (PackagesResult, error) {
-	out := PackagesResult{Nodes: []NodePackages{}}
+	out := PackagesResult{Nodes: []PackagesReport{}}
 	for _, m := range n.snapshot().Members {
 		if m.Role != cluster.RoleData {
 			continue
 		}
-		var p NodePackages
+		var p PackagesReport
 		if err := n.onNode(ctx, m, taskPackages, struct{}{}, &p); err != nil {
 			return out, fmt.Errorf("ask %s for its packages: %w", m.Name, err)
 		}
@@ -80,7 +80,7 @@ func majorOfPackage(version string) int {
 }
 
 // decideUpgradePostgres refuses an upgrade that would be none to a minor version.
-func decideUpgradePostgres(nodes []NodePackages, noDownload bool) error {
+func decideUpgradePostgres(nodes []PackagesReport, noDownload bool) error {
 	for _, node := range nodes {
 		if node.Major != nodes[0].Major {
 			return refused(cluster.CodeConflict, "%s has PostgreSQL %d and %s has %d: a cluster runs one major version", nodes[0].Node, nodes[0].Major, node.Node, node.Major)
@@ -116,7 +116,7 @@ func (n *Node) upgradePostgres(ctx context.Context, op *Operation, raw json.RawM
 	if err := decideUpgradePostgres(known.Nodes, req.NoDownload); err != nil {
 		return nil, err
 	}
-	o, _, err := n.observeRestart(ctx)
+	o, err := n.observeRestart(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -185,7 +185,7 @@ func (n *Node) upgradePackagesOf(ctx context.Context, op *Operation, name string
 
 // restartPending restarts what waits for it on one node.
 func (n *Node) restartPending(ctx context.Context, op *Operation, name string, r *RestartResult) error {
-	o, _, err := n.observeRestart(ctx)
+	o, err := n.observeRestart(ctx)
 	if err != nil {
 		return err
 	}

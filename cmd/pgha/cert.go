@@ -55,7 +55,7 @@ func listCerts(c *cli.Context) error {
 	return printCerts(os.Stdout, certs)
 }
 
-func printCerts(w io.Writer, nodes []node.NodeCerts) error {
+func printCerts(w io.Writer, nodes []node.CertsReport) error {
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(t, "NODE\tCERTIFICATE\tISSUED BY\tENDS\tDAYS LEFT\tRENEWED BY ITSELF\tNAMES")
 	for _, n := range nodes {

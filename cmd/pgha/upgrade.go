@@ -155,7 +155,8 @@ func runAnew(c *cli.Context) error {
 func waitHere(ctx context.Context, p *progress, after time.Time, done func(node.Report) (bool, error)) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, hereWithin, fmt.Errorf("not within %s", hereWithin))
 	defer cancel()
-	local, last := node.NewLocal(node.DefaultPaths()), errors.New("it does not answer")
+	local := node.NewLocal(node.DefaultPaths())
+	var last error
 	for {
 		try, end := context.WithTimeout(ctx, 5*time.Second)
 		r, err := local.Report(try)

@@ -135,8 +135,9 @@ func (h *holding) check(t *testing.T) {
 func (h *holding) forget(host string) {
 	delete(h.pids, host)
 	for key := range h.sessions {
-		// A session through another host's HAProxy may end here too.
-		if strings.HasPrefix(key, host+":") || strings.HasSuffix(key, ":5433") {
+		// One through another host's HAProxy may end here, and one past HAProxy to
+		// the other host begins here.
+		if strings.HasPrefix(key, host+":") || strings.HasSuffix(key, ":5433") || strings.HasSuffix(key, ":5442") {
 			delete(h.sessions, key)
 		}
 	}
@@ -221,13 +222,13 @@ func (r *rig) eventSays(t *testing.T, host, words string) {
 }
 
 // certs are the certificates of all nodes as a host lists them.
-func (r *rig) certs(t *testing.T, host string) map[string]node.NodeCerts {
+func (r *rig) certs(t *testing.T, host string) map[string]node.CertsReport {
 	t.Helper()
-	var all []node.NodeCerts
+	var all []node.CertsReport
 	if err := json.Unmarshal([]byte(r.do(t, host, "cert", "list", "--json")), &all); err != nil {
 		t.Fatal(err)
 	}
-	out := map[string]node.NodeCerts{}
+	out := map[string]node.CertsReport{}
 	for _, n := range all {
 		if !n.Reachable {
 			t.Errorf("%s lists no certificates of %s", host, n.Node)
@@ -241,7 +242,7 @@ func (r *rig) certs(t *testing.T, host string) map[string]node.NodeCerts {
 }
 
 // serials are the serial numbers of a node's certificates, by role.
-func serials(n node.NodeCerts) map[pki.Role]string {
+func serials(n node.CertsReport) map[pki.Role]string {
 	out := map[pki.Role]string{}
 	for _, c := range n.Certs {
 		out[c.Role] = c.Serial
