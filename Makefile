@@ -26,7 +26,7 @@ SCENARIOS = ./tests/day2/... ./tests/e2e/... ./tests/systemd/... ./tests/faults/
 LINT = $(GO) tool -modfile=tools/go.mod golangci-lint
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test soak unit scenarios deps check fmt-check vet lint clean
+.PHONY: help build demo test debian13 soak unit scenarios deps check fmt-check vet lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ unit: ## test the packages
 
 scenarios: build ## test etcd members, whole clusters and booted hosts together
 	PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v -p 2 $(SCENARIOS)
+
+debian13: deps build ## test the hosts that are booted with systemd on Debian 13
+	PGHA_SUITE=trixie PGHA_BIN=$(abspath $(BIN)) $(GO_TEST) -v ./tests/systemd/...
 
 # A run takes hours: ROUNDS=1 does each fault once.
 ROUNDS ?= 20

@@ -23,9 +23,9 @@ func packagesAgain(ctx context.Context, t *testing.T, m *machine.Machine) {
 	must(ctx, t, m, "test", "-e", systemd.NeedrestartPath)
 	before := children(ctx, t, m)
 	enter(ctx, t, m, 0, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--reinstall", "--yes", "--quiet",
-		"postgresql-15", "postgresql-common", "patroni", "haproxy")
+		"postgresql-"+machine.Postgres(), "postgresql-common", "patroni", "haproxy")
 	for _, args := range [][]string{
-		{"invoke-rc.d", "postgresql", "restart"}, {"invoke-rc.d", "postgresql", "stop", "15"}, {"invoke-rc.d", "haproxy", "restart"}, {"invoke-rc.d", "patroni", "restart"},
+		{"invoke-rc.d", "postgresql", "restart"}, {"invoke-rc.d", "postgresql", "stop", machine.Postgres()}, {"invoke-rc.d", "haproxy", "restart"}, {"invoke-rc.d", "patroni", "restart"},
 		{"deb-systemd-invoke", "restart", "postgresql.service", "haproxy.service", "patroni.service"},
 		{"systemctl", "try-restart", "postgresql.service", "haproxy.service", "patroni.service"},
 	} {

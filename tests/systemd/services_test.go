@@ -32,7 +32,7 @@ func TestServicesOfTheDistribution(t *testing.T) {
 	mine("CREATE TABLE mine AS SELECT 42 AS n")
 	before := services(ctx, t, m)
 	want := map[string]string{
-		"postgresql.service": "enabled active", "postgresql@15-main.service": "enabled-runtime active", "haproxy.service": "disabled active",
+		"postgresql.service": "enabled active", "postgresql@" + machine.Postgres() + "-main.service": "enabled-runtime active", "haproxy.service": "disabled active",
 	}
 	if d := cmp.Diff(want, before); d != "" {
 		t.Fatalf("services of a host before pgha (-want +got):\n%s", d)
@@ -63,7 +63,7 @@ func TestServicesOfTheDistribution(t *testing.T) {
 	t.Run("init stops them", func(t *testing.T) {
 		enter(ctx, t, m, 0, "pgha", "init", "--yes")
 		want := map[string]string{
-			"postgresql.service": "masked inactive", "postgresql@15-main.service": "masked inactive", "haproxy.service": "masked inactive",
+			"postgresql.service": "masked inactive", "postgresql@" + machine.Postgres() + "-main.service": "masked inactive", "haproxy.service": "masked inactive",
 		}
 		if d := cmp.Diff(want, services(ctx, t, m)); d != "" {
 			t.Errorf("services of a node (-want +got):\n%s", d)
@@ -113,7 +113,7 @@ func TestServicesOfTheDistribution(t *testing.T) {
 func services(ctx context.Context, t *testing.T, m *machine.Machine) map[string]string {
 	t.Helper()
 	states := map[string]string{}
-	for _, unit := range []string{"postgresql.service", "postgresql@15-main.service", "haproxy.service"} {
+	for _, unit := range []string{"postgresql.service", "postgresql@" + machine.Postgres() + "-main.service", "haproxy.service"} {
 		states[unit] = unitStates(ctx, t, m, unit)
 	}
 	return states

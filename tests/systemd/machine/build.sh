@@ -6,13 +6,21 @@
 set -eu
 umask 022
 root=$1 suite=$2 base=$3 download=$4
+. /etc/os-release
 
 # apt reads every format of its sources itself; ask it instead of parsing them.
 sources=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Identifier: Packages' |
 	awk -v s="$suite" '$2 == s || $2 == s "-updates" || $2 == s "-security"' | sort -u)
 mirror=$(echo "$sources" | awk -v s="$suite" '$2 == s && $3 == "main" { print $1; exit }')
 if [ -z "$mirror" ]; then
-	echo "the apt sources of this host have no Debian $suite main: add it to /etc/apt/sources.list.d" >&2
+	# Another release than the host's: the mirror of that one has it too.
+	mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Identifier: Packages' |
+		awk -v c="$VERSION_CODENAME" '$2 == c && $3 == "main" { print $1; exit }')
+	sources="$mirror $suite main
+$mirror $suite-updates main"
+fi
+if [ -z "$mirror" ]; then
+	echo "the apt sources of this host have no Debian main: add it to /etc/apt/sources.list.d" >&2
 	exit 1
 fi
 

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -17,8 +18,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Suite is the Debian release that the machines run.
-const Suite = "bookworm"
+// SuiteEnv names the environment variable that chooses the Debian release that
+// the machines run; Debian 12, if it is not set.
+const SuiteEnv = "PGHA_SUITE"
+
+// Suite is the code name of the Debian release that the machines run.
+func Suite() string { return cmp.Or(os.Getenv(SuiteEnv), "bookworm") }
+
+// Postgres is the major version of PostgreSQL that the release has.
+func Postgres() string {
+	if Suite() == "bookworm" {
+		return "15"
+	}
+	return "17"
+}
 
 // CacheEnv names the environment variable that holds the directory in which
 // root file systems are kept between runs. Unset, it is .cache/rootfs in the
@@ -48,9 +61,9 @@ func Root(ctx context.Context) (string, error) {
 		return "", err
 	}
 	key := sha256.Sum256([]byte(strings.Join([]string{
-		Suite, runtime.GOARCH, strings.Join(base, ","), strings.Join(Packages, ","), buildScript,
+		Suite(), runtime.GOARCH, strings.Join(base, ","), strings.Join(Packages, ","), buildScript,
 	}, "\n")))
-	root := filepath.Join(cache, fmt.Sprintf("%s-%x", Suite, key[:6]))
+	root := filepath.Join(cache, fmt.Sprintf("%s-%x", Suite(), key[:6]))
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", fmt.Errorf("make root file system cache: %w", err)
 	}
@@ -80,7 +93,7 @@ func build(ctx context.Context, root string, held *os.File) error {
 		return fmt.Errorf("remove half-built root: %w", err)
 	}
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", buildScript, "build.sh",
-		tmp, Suite, strings.Join(base, ","), strings.Join(Packages, ","))
+		tmp, Suite(), strings.Join(base, ","), strings.Join(Packages, ","))
 	// debootstrap mounts inside the root; in a namespace of its own these end with it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
