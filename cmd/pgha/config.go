@@ -117,7 +117,7 @@ func setConfig(c *cli.Context) error {
 	for _, arg := range c.Args().Slice() {
 		key, value, ok := strings.Cut(arg, "=")
 		if !ok || key == "" {
-			return fmt.Errorf("config set takes KEY=VALUE, as profile=steady or postgresql.work_mem=64MB, behind any flags, and was given %q: see pgha config show", arg)
+			return fmt.Errorf("config set takes KEY=VALUE, as profile=steady or postgresql.work_mem=64MB, and was given %q: see pgha config show", arg)
 		}
 		change := node.ConfigChange{Key: key, Value: value}
 		if k, ok := strings.CutSuffix(key, "+"); ok {
@@ -128,7 +128,7 @@ func setConfig(c *cli.Context) error {
 		req.Changes = append(req.Changes, change)
 	}
 	if len(req.Changes) == 0 {
-		return errors.New("config set needs a KEY=VALUE, behind any flags, as profile=steady: see pgha config show")
+		return errors.New("config set needs a KEY=VALUE, as profile=steady: see pgha config show")
 	}
 	return changeConfig(c, req)
 }
@@ -142,7 +142,7 @@ func unsetConfig(c *cli.Context) error {
 		req.Changes = append(req.Changes, node.ConfigChange{Key: key, Op: node.ChangeUnset})
 	}
 	if len(req.Changes) == 0 {
-		return errors.New("config unset needs a KEY, behind any flags: see pgha config show")
+		return errors.New("config unset needs a KEY: see pgha config show")
 	}
 	return changeConfig(c, req)
 }
@@ -214,7 +214,7 @@ func printResult(w io.Writer, r node.ConfigResult) {
 func rollbackConfig(c *cli.Context) error {
 	id, err := strconv.ParseInt(c.Args().First(), 10, 64)
 	if c.NArg() != 1 || err != nil || id < 1 {
-		return errors.New("config rollback needs the number of one change, behind any flags: see pgha config history")
+		return errors.New("config rollback needs the number of one change: see pgha config history")
 	}
 	req := node.ConfigRequest{Rollback: id}
 	if c.Bool("dry-run") {

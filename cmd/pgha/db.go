@@ -48,7 +48,7 @@ func dbCommand() *cli.Command {
 // theName returns the only argument of a command.
 func theName(c *cli.Context) (string, error) {
 	if c.NArg() != 1 || strings.HasPrefix(c.Args().First(), "-") {
-		return "", fmt.Errorf("%s needs one NAME, behind any flags: see %s --help", strings.TrimPrefix(c.Command.HelpName, "pgha "), c.Command.HelpName)
+		return "", fmt.Errorf("%s needs one NAME: see %s --help", strings.TrimPrefix(c.Command.HelpName, "pgha "), c.Command.HelpName)
 	}
 	return c.Args().First(), nil
 }

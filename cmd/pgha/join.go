@@ -33,7 +33,7 @@ func readToken(c *cli.Context) (cluster.Token, error) {
 	text := c.Args().First()
 	switch file := c.String("token-file"); {
 	case c.NArg() > 1:
-		return cluster.Token{}, fmt.Errorf("join takes one token, but was given %d arguments: flags go before the token", c.NArg())
+		return cluster.Token{}, fmt.Errorf("join takes one token, but was given %d arguments", c.NArg())
 	case file != "" && text != "":
 		return cluster.Token{}, errors.New("give the token as an argument or with --token-file, not both")
 	case file == "-":

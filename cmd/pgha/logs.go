@@ -24,7 +24,7 @@ func logsCommand() *cli.Command {
 		BashComplete: func(*cli.Context) { fmt.Println(strings.Join(node.LogComponents, "\n")) },
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 1 {
-				return fmt.Errorf("logs takes one component, but was given %d arguments: flags go before it", c.NArg())
+				return fmt.Errorf("logs takes one component, but was given %d arguments", c.NArg())
 			}
 			if c.Int("lines") < 0 {
 				return errors.New("--lines must not be negative")

@@ -77,7 +77,7 @@ func TestUsageErrors(t *testing.T) {
 		{"token create x", 1, `token create takes no argument, but was given "x"`},
 		{"token create --ttl soon", 1, "see pgha token create --help"},
 		{"token create --uses many", 1, "see pgha token create --help"},
-		{"token revoke", 1, "needs one token's ID, behind any flags: see pgha token list"},
+		{"token revoke", 1, "needs one token's ID: see pgha token list"},
 		{"token revoke a b", 1, "needs one token's ID"},
 		{"token list x", 1, "token list takes no argument"},
 		{"cert bogus", 1, "use pgha cert with one of list, renew, ca"},

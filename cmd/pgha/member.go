@@ -46,7 +46,7 @@ func memberCommand() *cli.Command {
 
 func oneName(c *cli.Context) (string, error) {
 	if c.NArg() != 1 {
-		return "", fmt.Errorf("%s needs one node's NAME, behind any flags: see pgha member list", strings.TrimPrefix(c.Command.HelpName, "pgha "))
+		return "", fmt.Errorf("%s needs one node's NAME: see pgha member list", strings.TrimPrefix(c.Command.HelpName, "pgha "))
 	}
 	return c.Args().First(), nil
 }

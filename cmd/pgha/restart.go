@@ -91,7 +91,7 @@ func reinitCommand() *cli.Command {
 				return err
 			}
 			if name == "" {
-				return errors.New("reinit needs the name of a replica, behind any flags: see pgha status")
+				return errors.New("reinit needs the name of a replica: see pgha status")
 			}
 			what := fmt.Sprintf("This stops PostgreSQL on %s, moves its data aside and copies the primary's anew.\n", name)
 			if c.Bool("discard") {

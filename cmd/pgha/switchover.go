@@ -89,7 +89,7 @@ func pausing(name, usage string, pause bool) *cli.Command {
 // optionalNode is a command's only argument, "" if there is none.
 func optionalNode(c *cli.Context) (string, error) {
 	if c.NArg() > 1 || strings.HasPrefix(c.Args().First(), "-") {
-		return "", fmt.Errorf("%s takes one NODE at most, behind any flags, but was given %s", strings.TrimPrefix(c.Command.HelpName, "pgha "), strings.Join(c.Args().Slice(), " "))
+		return "", fmt.Errorf("%s takes one NODE at most, but was given %s", strings.TrimPrefix(c.Command.HelpName, "pgha "), strings.Join(c.Args().Slice(), " "))
 	}
 	return c.Args().First(), nil
 }

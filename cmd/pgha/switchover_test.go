@@ -29,16 +29,16 @@ func TestParseAt(t *testing.T) {
 func TestOperationArguments(t *testing.T) {
 	for line, want := range map[string]string{
 		"switchover n1 n2":              "one NODE at most",
-		"switchover n2 --timeout 5m":    "behind any flags",
 		"switchover --cancel n2":        "--cancel takes neither",
 		"switchover --at tomorrow":      "is no time",
 		"failover --allow-data-loss":    "--yes",
 		"pause n1":                      "takes no argument",
 		"maintenance enter n1 n2":       "one NODE at most",
-		"maintenance leave n1 --reason": "behind any flags",
+		"maintenance leave n1 --reason": "not defined: -reason",
 		"maintenance n1":                "enter, leave",
 	} {
-		err := newApp().Run(append([]string{"pgha"}, strings.Fields(line)...))
+		app := newApp()
+		err := app.Run(flagsFirst(app, append([]string{"pgha"}, strings.Fields(line)...)))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("pgha %s: %v, want %q", line, err, want)
 		}

@@ -85,7 +85,7 @@ func listTokens(c *cli.Context) error {
 
 func revokeToken(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return errors.New("token revoke needs one token's ID, behind any flags: see pgha token list")
+		return errors.New("token revoke needs one token's ID: see pgha token list")
 	}
 	id := c.Args().First()
 	if err := node.NewLocal(node.DefaultPaths()).RevokeToken(c.Context, id); err != nil {

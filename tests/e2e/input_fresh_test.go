@@ -109,7 +109,7 @@ func TestInputFresh(t *testing.T) {
 		{name: "no token file", args: []string{"join", "--no-service", "--token-file", "/nowhere"}, want: []string{"read token", "/nowhere"}},
 		{name: "token twice", args: []string{"join", "--no-service", "--token-file", "/nowhere", "x"}, want: []string{"not both"}},
 		{name: "token in an empty file", args: []string{"join", "--no-service", "--token-file", "-"}, want: []string{"the token is empty"}},
-		{name: "flags after the token", args: []string{"join", "--no-service", "x", "--witness"}, want: []string{"flags go before the token"}},
+		{name: "two tokens", args: []string{"join", "x", "--no-service", "y"}, want: []string{"join takes one token"}},
 	}
 	refuses(t, bed, "fresh", cases, nil)
 	refuses(t, bed, "small", []refusal{

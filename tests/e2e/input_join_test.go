@@ -179,7 +179,7 @@ func (c *inputClusters) badJoins(t *testing.T) {
 		{name: "another version's", args: c.join(strings.Replace(data, "pgha1_", "pgha2_", 1)), want: []string{"of version 2, this pgha reads version 1"}},
 		{name: "data token for a witness", args: c.join("--witness", data), want: []string{"for a data node: run pgha join TOKEN, without --witness"}},
 		{name: "witness token for a data node", args: c.join(free), want: []string{"for a witness node: run pgha join --witness TOKEN"}},
-		{name: "flags after the token", args: c.join(free, "--witness"), want: []string{"flags go before the token"}},
+		{name: "two tokens", args: c.join(free, free), want: []string{"join takes one token"}},
 		{name: "used", args: c.join("--witness", used), want: []string{"has been used by w1 at", "pgha token create"}},
 		{name: "revoked", args: c.join("--witness", revoked.Token), want: []string{revoked.ID + " was revoked", "pgha token create"}},
 		{name: "for another node", args: c.join("--witness", c.token(t, "n1", "--witness", "--name", "y1")), want: []string{"is for the node y1, not for x1"}},
