@@ -144,7 +144,8 @@ func (n *Node) peersOnly(h http.HandlerFunc) http.Handler {
 	})
 }
 
-// dataPeersOnly is peersOnly for what a witness must not be able to do.
+// dataPeersOnly is peersOnly for what only data nodes have to do. The roster says
+// who is one.
 func (n *Node) dataPeersOnly(h http.HandlerFunc) http.Handler {
 	return n.peersOnly(func(w http.ResponseWriter, r *http.Request) {
 		id, err := n.caller(r)

@@ -145,6 +145,6 @@ func (n *Node) programTrialHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
-	t, err := n.beginTrial(r.Context(), req.SHA256, req.Actor)
+	t, err := n.beginTrial(r.Context(), req.SHA256, clipped(req.Actor))
 	reply(w, t, err)
 }

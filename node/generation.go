@@ -274,6 +274,12 @@ func (n *Node) meetHandler(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	out := n.tell(id.Node) // before what it says of itself is noted
+	if !named(n.snapshot().Members, id.Node) || n.ofThisLife(r, id.Node) != nil {
+		// It is told what it is not any more. What it says must not stop this node,
+		// and what this node knows of its successor is not for it.
+		reply(w, meeting{Generation: out.Generation}, nil)
+		return
+	}
 	n.met(id.Node, in)
 	reply(w, out, nil)
 }

@@ -49,6 +49,9 @@ func (n *Node) memberLeaveHandler(w http.ResponseWriter, r *http.Request) {
 	var req MemberLeave
 	id, err := n.caller(r)
 	if err == nil {
+		err = n.ofThisLife(r, id.Node)
+	}
+	if err == nil {
 		err = decodeStrictly(w, r, &req)
 	}
 	if err == nil && req.MemberID == 0 {
@@ -227,7 +230,8 @@ func (n *Node) takeOut(ctx context.Context, d departure) error {
 	}
 	member, o := n.observeTakeOut(d.name, roster, st)
 	if d.member != 0 && member.ID != 0 && member.ID != d.member {
-		return refuse(fmt.Sprintf("its etcd member is %x, not %x: it has joined anew", member.ID, d.member))
+		// Which one it has now is not for whoever asks with an old one.
+		return refuse(fmt.Sprintf("its etcd member is not %x any more: it has joined anew", d.member))
 	}
 	if why := quorumWithout(o); why != "" {
 		return refuse(why)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"pgha/cluster"
@@ -118,6 +119,9 @@ func (n *Node) createToken(w http.ResponseWriter, r *http.Request) {
 }
 
 func (n *Node) newToken(ctx context.Context, req TokenRequest, by string) (TokenAnswer, error) {
+	if n.cfg.Role != cluster.RoleData {
+		return TokenAnswer{}, refused(cluster.CodeBadRequest, "a witness lets nobody in: make the token on %s", strings.Join(n.dataNodes(), " or "))
+	}
 	store := n.store.Load()
 	if store == nil {
 		return TokenAnswer{}, n.notReady()

@@ -107,7 +107,9 @@ func (n *Node) beginAnew(ctx context.Context, o *Operation, req RecoverRequest) 
 		o.Say("restart pgha on this node now: systemctl restart pgha")
 		return r, nil
 	}
-	r.Leader = n.awaitPrimary(ctx, o)
+	if r.Leader = n.awaitPrimary(ctx, o); r.Leader == "" {
+		return r, refused(cluster.CodeUnavailable, "there is no primary after %s", primaryTimeout)
+	}
 	return r, nil
 }
 
@@ -131,7 +133,6 @@ func (n *Node) awaitPrimary(ctx context.Context, o *Operation) string {
 			return n.cfg.Name
 		}
 		if !sleep(ctx, 100*time.Millisecond) {
-			o.Say("PostgreSQL here is no primary yet: pgha status says why")
 			return ""
 		}
 	}

@@ -62,7 +62,11 @@ func finish(c *cli.Context, kind string, result any) error {
 	defer cancel()
 	s, err := node.NewLocal(node.DefaultPaths()).Status(ctx)
 	if err != nil {
-		return fmt.Errorf("%s is done, but the status cannot be read: %w", kind, err)
+		err = fmt.Errorf("%s is done, but the status cannot be read: %w", kind, err)
+		if c.Bool("json") {
+			err = errors.Join(err, printJSON(os.Stdout, map[string]any{"result": result, "status": nil}))
+		}
+		return err
 	}
 	if c.Bool("json") {
 		return printJSON(os.Stdout, map[string]any{"result": result, "status": s})
