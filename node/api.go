@@ -48,6 +48,7 @@ func (n *Node) serveLocal(ctx context.Context) error {
 	mux.HandleFunc("GET /v1/config/history", n.configHistoryHandler)
 	mux.HandleFunc("GET /v1/config/document", n.configDocumentHandler)
 	mux.HandleFunc("POST /v1/config/plan", n.configPlanHandler)
+	mux.HandleFunc("POST /v1/failover", n.failoverPlanHandler)
 	mux.HandleFunc("POST /v1/recovery", n.planHandler)
 	mux.HandleFunc("POST /v1/snapshots", n.snapshotHandler)
 	mux.HandleFunc("GET /v1/tokens", n.listTokens)

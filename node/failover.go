@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -153,6 +154,70 @@ func decideFailover(o failoverObservation, req FailoverRequest) (Candidate, erro
 	return c, nil
 }
 
+// observeFailover looks at whoever could be promoted.
+func (n *Node) observeFailover(ctx context.Context, l leadership, serving string) failoverObservation {
+	o := failoverObservation{
+		serving: serving, paused: l.View.Paused, async: !l.View.Synchronous(),
+		last: cmp.Or(l.Record.Last, l.Record.Owner), syncOf: l.View.Sync.Leader, optime: l.View.Status.Optime,
+	}
+	if l.View.Sync.Quorum == 0 {
+		o.standby = l.View.Sync.Standbys
+	}
+	o.members = n.status(ctx).Members
+	return o
+}
+
+// FailoverPlan is what a failover would do as things are now.
+type FailoverPlan struct {
+	Promotes   Candidate   `json:"promotes"`
+	Candidates []Candidate `json:"candidates"` // the best first
+}
+
+// planFailover looks at everything and changes nothing. It does not wait until a
+// primary that has gone silent is surely shut: the failover does, and decides anew.
+func (n *Node) planFailover(ctx context.Context, req FailoverRequest) (FailoverPlan, error) {
+	if n.cfg.Role != cluster.RoleData {
+		return FailoverPlan{}, refused(cluster.CodeBadRequest, "a witness cannot judge the data nodes: run it on %s", orList(n.dataNodes()))
+	}
+	l, err := n.readLeadership(ctx)
+	if err != nil {
+		return FailoverPlan{}, err
+	}
+	if l.Record.Owner == "" {
+		return FailoverPlan{}, noPrimaryEver()
+	}
+	serving := ""
+	if l.Record.State != gate.Shut && n.serves(ctx, l.Record.Owner) {
+		serving = l.Record.Owner
+	}
+	o := n.observeFailover(ctx, l, serving)
+	c, err := decideFailover(o, req)
+	return FailoverPlan{Promotes: c, Candidates: o.candidates()}, err
+}
+
+func noPrimaryEver() error {
+	return refused(cluster.CodeConflict, "this cluster has never had a primary: see pgha status")
+}
+
+func (n *Node) failoverPlanHandler(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), 30*time.Second)
+	defer cancel()
+	var req FailoverRequest
+	if err := decode(w, r, &req); err != nil {
+		reply(w, nil, err)
+		return
+	}
+	p, err := n.planFailover(ctx, req)
+	reply(w, p, err)
+}
+
+// PlanFailover asks the daemon what a failover would do; what it would refuse is
+// an error.
+func (l *Local) PlanFailover(ctx context.Context, req FailoverRequest) (FailoverPlan, error) {
+	var p FailoverPlan
+	return p, l.call(ctx, http.MethodPost, "/v1/failover", req, &p)
+}
+
 // failover promotes a replica where there is no primary and none comes by itself.
 func (n *Node) failover(ctx context.Context, o *Operation, raw json.RawMessage) (any, error) {
 	var req FailoverRequest
@@ -163,17 +228,7 @@ func (n *Node) failover(ctx context.Context, o *Operation, raw json.RawMessage) 
 	if err != nil {
 		return nil, err
 	}
-	fo := failoverObservation{
-		serving: serving, paused: l.View.Paused, async: !l.View.Synchronous(),
-		last: l.Record.Last, syncOf: l.View.Sync.Leader, optime: l.View.Status.Optime,
-	}
-	if fo.last == "" {
-		fo.last = l.Record.Owner
-	}
-	if l.View.Sync.Quorum == 0 {
-		fo.standby = l.View.Sync.Standbys
-	}
-	fo.members = n.status(ctx).Members
+	fo := n.observeFailover(ctx, l, serving)
 	if serving == "" {
 		for _, c := range fo.candidates() {
 			o.Say("%s", c)
@@ -183,7 +238,7 @@ func (n *Node) failover(ctx context.Context, o *Operation, raw json.RawMessage) 
 	if err != nil {
 		return nil, err
 	}
-	if err := n.appoint(ctx, l, c.Name); err != nil {
+	if err := n.appoint(ctx, l, c.Name, req.AllowDataLoss); err != nil {
 		return nil, err
 	}
 	o.Say("%s is appointed", c.Name)
@@ -213,7 +268,7 @@ func (n *Node) waitSilent(ctx context.Context, tell steps) (l leadership, servin
 		return l, "", err
 	}
 	if l.Record.Owner == "" {
-		return l, "", refused(cluster.CodeConflict, "this cluster has never had a primary: see pgha status")
+		return l, "", noPrimaryEver()
 	}
 	began := time.Now()
 	for told := false; l.Record.State != gate.Shut; told = true {
@@ -234,8 +289,10 @@ func (n *Node) waitSilent(ctx context.Context, tell steps) (l leadership, servin
 		if err != nil {
 			return l, "", err
 		}
-		if now.Rev != l.Rev {
-			l, began = now, time.Now()
+		moved := now.Rev != l.Rev
+		l = now // who is in sync may have changed although the record has not
+		if moved {
+			began = time.Now()
 			if owner := l.serving(); owner != "" {
 				return l, owner, nil // it renews its promise, whether or not it answers this node
 			}
@@ -264,7 +321,9 @@ func (r Report) takesWrites() bool {
 // appoint overwrites Patroni's leader key with a member's name, on its own
 // session, if nothing has changed since l was read. The member's Patroni promotes
 // it after the gate's admission. The key is never deleted: docs/adr/0010-gate.md.
-func (n *Node) appoint(ctx context.Context, l leadership, name string) error {
+//
+// Unless loss was allowed, it must also still be in sync as it was then.
+func (n *Node) appoint(ctx context.Context, l leadership, name string, allowLoss bool) error {
 	c, err := n.etcdClient()
 	if err != nil {
 		return err
@@ -279,13 +338,18 @@ func (n *Node) appoint(ctx context.Context, l leadership, name string) error {
 	if l.View.Leader != "" {
 		same = clientv3.Compare(clientv3.Value(leader), "=", l.View.Leader)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	r, err := c.Txn(ctx).If(same,
+	as := []clientv3.Cmp{
+		same,
 		clientv3.Compare(clientv3.ModRevision(gateStore{n}.key()), "=", l.Rev),
 		clientv3.Compare(clientv3.ModRevision(prefix+patroni.KeyConfig), "=", l.View.ModRevisions[patroni.KeyConfig]),
 		clientv3.Compare(clientv3.LeaseValue(prefix+patroni.KeyMembers+name), "=", m.LeaseID),
-	).Then(
+	}
+	if !allowLoss {
+		as = append(as, clientv3.Compare(clientv3.ModRevision(prefix+patroni.KeySync), "=", l.View.ModRevisions[patroni.KeySync]))
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	r, err := c.Txn(ctx).If(as...).Then(
 		clientv3.OpPut(leader, name, clientv3.WithLease(clientv3.LeaseID(m.LeaseID))),
 		clientv3.OpDelete(prefix+patroni.KeyFailover),
 	).Commit()

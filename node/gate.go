@@ -199,7 +199,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 		l := gate.Local{
 			At: moment(p.At), Process: gate.Process(p.Kind), Timeline: p.Timeline, Received: p.ReceivedLSN, Replayed: p.ReplayedLSN, StreamedAt: p.StreamedAt,
 			PatroniUp: st.State == supervisor.Running && st.Health.Err == "" && !st.Health.Checked.IsZero(),
-			Stopping:  g.n.leaving.Load() || g.n.stopping.Load(),
+			Stopping:  g.n.leaving.Load() || g.n.stopping.Load() || g.n.settingAside.Load(),
 		}
 		l.WasPrimary = p.Kind == postgres.Hung && p.PID == primary.PID && p.Started == primary.Started
 		switch {

@@ -279,6 +279,14 @@ func (n *Node) setAsideTask(ctx context.Context, raw json.RawMessage) (any, erro
 	if now, err := patroni.InspectDataDir(dir); err != nil || now.Running {
 		return nil, errors.Join(err, fmt.Errorf("PostgreSQL still runs in %s", dir))
 	}
+	// It may have become the primary while it was being stopped, and have what
+	// nobody else has.
+	switch l, err := n.readLeadership(ctx); {
+	case err != nil:
+		return nil, err
+	case l.Record.Owner != req.Primary || l.View.Leader != req.Primary:
+		return nil, refused(cluster.CodeConflict, "the leadership has moved meanwhile (the gate's owner is %s): nothing was moved aside, and PostgreSQL starts again", l.Record.Owner)
+	}
 	path, err := patroni.SetAside(dir)
 	if err != nil {
 		return nil, err
@@ -287,7 +295,7 @@ func (n *Node) setAsideTask(ctx context.Context, raw json.RawMessage) (any, erro
 	// Its parent may be a directory in which PostgreSQL's user cannot make it.
 	err = os.Mkdir(dir, 0o700)
 	if err == nil {
-		err = os.Chown(dir, info.UID, info.GID)
+		err = os.Lchown(dir, info.UID, info.GID) // whoever owns the parent may have put a link in its place
 	}
 	if err != nil {
 		return nil, fmt.Errorf("make the directory of the new copy: %w; the old data is in %s", err, path)

@@ -339,7 +339,7 @@ func cloneSettings(s cluster.Settings) cluster.Settings {
 // DiffSettings returns what differs from a to b: the cluster's settings first,
 // then the nodes'.
 func DiffSettings(a, b cluster.Settings) []ConfigDiff {
-	var out []ConfigDiff
+	out := []ConfigDiff{}
 	add := func(node, key, old, next string) {
 		if old != next {
 			out = append(out, ConfigDiff{Node: node, Key: key, Old: old, New: next})

@@ -33,6 +33,7 @@ type ConfigValue struct {
 type ConfigView struct {
 	Rev    int64         `json:"rev"`
 	Values []ConfigValue `json:"values"`
+	Nodes  []string      `json:"nodes"` // the data nodes
 	// Silent names data nodes that did not answer; nothing of them is in Values.
 	Silent []string `json:"silent,omitempty"`
 }
@@ -49,7 +50,7 @@ func (n *Node) config(ctx context.Context) (ConfigView, error) {
 	if err != nil {
 		return v, err
 	}
-	v.Rev = rev
+	v.Rev, v.Nodes = rev, n.dataNodes()
 	usual := cluster.Settings{Profile: cluster.Profiles[0]}
 	for _, x := range settings {
 		c := ConfigValue{Key: x.key, Value: joined(x, x.get(s)), Where: string(patroni.OriginCluster), Help: x.help}

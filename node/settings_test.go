@@ -166,6 +166,8 @@ func TestComplaintOf(t *testing.T) {
 			`invalid value for parameter "work_mem": "64XB": Valid units for this parameter are "B", "kB"`},
 		{"a wrong file", "x LOG:  skipping missing configuration file \"/a/postgresql.auto.conf\"\nx LOG:  unrecognized configuration parameter \"nosuch\" in file \"/a\" line 2\nx FATAL:  configuration file \"/a\" contains errors\n",
 			`unrecognized configuration parameter "nosuch" in file "/a" line 2`},
+		{"a wrong value in a file", "x LOG:  invalid value for parameter \"work_mem\": \"64XB\"\nx HINT:  Valid units for this parameter are \"B\".\nx FATAL:  configuration file \"/a\" contains errors\n",
+			`invalid value for parameter "work_mem": "64XB": Valid units for this parameter are "B"`},
 		{"plain words", "x LOG:  skipping missing configuration file \"/a\"\npostgres: superuser_reserved_connections (5) must be less than max_connections (4)\n",
 			"postgres: superuser_reserved_connections (5) must be less than max_connections (4)"},
 		{"nothing", "", ""},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/http"
 	"os"
@@ -20,6 +21,9 @@ import (
 	"pgha/internal/host"
 	"pgha/patroni"
 )
+
+// dataFileLimit is more bytes than the version or the control file has.
+const dataFileLimit = 1 << 16
 
 // SettingsTrial asks a data node whether its PostgreSQL would start with settings.
 type SettingsTrial struct {
@@ -76,7 +80,10 @@ func (n *Node) tryPostgres(ctx context.Context, t SettingsTrial, values map[stri
 	for _, name := range t.Names {
 		for _, p := range params {
 			if strings.EqualFold(p.Name, name) {
-				if _, err := n.trial(ctx, dir, name, "-c", p.Name+"="+p.Value); err != nil {
+				if err := n.trialFile(trialConf(dir), []byte(confLine(p))); err != nil {
+					return err
+				}
+				if _, err := n.trial(ctx, dir, name); err != nil {
 					return err
 				}
 			}
@@ -86,9 +93,9 @@ func (n *Node) tryPostgres(ctx context.Context, t SettingsTrial, values map[stri
 	base := filepath.Join(cfg.DataDir, "postgresql.base.conf")
 	fmt.Fprintf(&conf, "include_if_exists = %s\n", confQuote(base))
 	for _, p := range params {
-		fmt.Fprintf(&conf, "%s = %s\n", p.Name, confQuote(p.Value))
+		conf.WriteString(confLine(p))
 	}
-	if err := n.trialFile(filepath.Join(dir, "postgresql.conf"), []byte(conf.String())); err != nil {
+	if err := n.trialFile(trialConf(dir), []byte(conf.String())); err != nil {
 		return err
 	}
 	for _, name := range t.Names {
@@ -156,38 +163,75 @@ func trialParameters(cfg patroni.Config, config map[string]any) []patroni.Parame
 	return params
 }
 
-// trialDir makes a directory that PostgreSQL takes for its data as far as a trial
-// goes: it looks for its version and the control file.
+// trialDir makes a directory for a trial: the configuration, and what PostgreSQL
+// takes for its data as far as a trial goes, for it looks for its version and the
+// control file. It stays root's: PostgreSQL's user gets the data when it is
+// complete, and so cannot lead root astray with a link.
 func (n *Node) trialDir() (string, error) {
 	dir, err := os.MkdirTemp(n.paths.patroniDir(), "trial-")
 	if err != nil {
 		return "", fmt.Errorf("make directory for the trial: %w", err)
 	}
 	err = func() error {
-		u := n.owners.postgres
-		for _, d := range []string{dir, filepath.Join(dir, "global")} {
-			if err := makeDir(d, 0o700, int(u.UID), int(u.GID)); err != nil {
-				return err
-			}
+		if err := os.Chmod(dir, 0o711); err != nil {
+			return fmt.Errorf("prepare the trial: %w", err)
+		}
+		data := trialData(dir)
+		if err := os.MkdirAll(filepath.Join(data, "global"), 0o700); err != nil {
+			return fmt.Errorf("prepare the trial: %w", err)
 		}
 		for _, name := range []string{"PG_VERSION", "global/pg_control"} {
-			data, err := os.ReadFile(filepath.Join(n.cfg.Postgres.DataDir, name))
+			content, err := readDataFile(n.cfg.Postgres.DataDir, name)
 			if errors.Is(err, fs.ErrNotExist) {
 				return errors.New("this node has no database yet: wait until it has its copy")
 			}
 			if err != nil {
 				return fmt.Errorf("prepare the trial: %w", err)
 			}
-			if err := n.trialFile(filepath.Join(dir, name), data); err != nil {
+			if err := n.trialFile(filepath.Join(data, name), content); err != nil {
 				return err
 			}
 		}
-		return n.trialFile(filepath.Join(dir, "postgresql.conf"), nil)
+		u := n.owners.postgres
+		for _, d := range []string{filepath.Join(data, "global"), data} {
+			if err := os.Lchown(d, int(u.UID), int(u.GID)); err != nil {
+				return fmt.Errorf("prepare the trial: %w", err)
+			}
+		}
+		return nil
 	}()
 	if err != nil {
 		return "", errors.Join(err, os.RemoveAll(dir))
 	}
 	return dir, nil
+}
+
+func trialConf(dir string) string { return filepath.Join(dir, "postgresql.conf") }
+
+func trialData(dir string) string { return filepath.Join(dir, "data") }
+
+// readDataFile reads one of PostgreSQL's small files. The directory belongs to
+// PostgreSQL's user, who could put there a link to what root alone may read, or
+// something that is no file.
+func readDataFile(dir, name string) (data []byte, err error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	st, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !st.Mode().IsRegular() || st.Size() > dataFileLimit:
+		return nil, fmt.Errorf("%s in %s is none of PostgreSQL's files", name, dir)
+	}
+	return io.ReadAll(io.LimitReader(f, dataFileLimit))
 }
 
 func (n *Node) trialFile(path string, data []byte) error {
@@ -196,9 +240,10 @@ func (n *Node) trialFile(path string, data []byte) error {
 }
 
 // trial has PostgreSQL print one parameter and returns it, or its complaint.
-func (n *Node) trial(ctx context.Context, dir, name string, args ...string) (string, error) {
+func (n *Node) trial(ctx context.Context, dir, name string) (string, error) {
 	u := n.owners.postgres
-	cmd := exec.CommandContext(ctx, filepath.Join(n.cfg.Postgres.BinDir, "postgres"), append([]string{"-D", dir, "-C", name}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(n.cfg.Postgres.BinDir, "postgres"),
+		"-D", trialData(dir), "-c", "config_file="+trialConf(dir), "-C", name)
 	cmd.Env, cmd.Dir = childEnv, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: u.UID, Gid: u.GID, Groups: u.Groups}}
 	var out, complaint bytes.Buffer
@@ -217,7 +262,7 @@ var logRE = regexp.MustCompile(`(LOG|FATAL|ERROR|HINT|DETAIL|PANIC):\s+(.*)`)
 // complaintOf finds in what PostgreSQL wrote why it did not start.
 func complaintOf(text string) string {
 	var logged, fatal []string
-	last := ""
+	last, about := "", &fatal // about takes a detail or a hint
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		m := logRE.FindStringSubmatch(line)
@@ -230,8 +275,12 @@ func complaintOf(text string) string {
 			if !strings.Contains(m[2], "skipping missing configuration file") {
 				logged = append(logged, m[2])
 			}
+			about = &logged
+		case (m[1] == "HINT" || m[1] == "DETAIL") && len(*about) > 0:
+			(*about)[len(*about)-1] += ": " + strings.TrimSuffix(m[2], ".")
 		default:
 			fatal = append(fatal, strings.TrimSuffix(m[2], "."))
+			about = &fatal
 		}
 	}
 	if len(logged) > 0 { // that the file has errors says less than which
@@ -242,6 +291,9 @@ func complaintOf(text string) string {
 	}
 	return last
 }
+
+// confLine is a parameter's line of postgresql.conf.
+func confLine(p patroni.Parameter) string { return p.Name + " = " + confQuote(p.Value) + "\n" }
 
 // confQuote writes a value as postgresql.conf wants it.
 func confQuote(s string) string {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"pgha/cluster"
 	"pgha/node"
 )
 
@@ -91,16 +93,29 @@ func renewCerts(c *cli.Context) error {
 		return operate(c, "renew-certificates", node.RenewOrder{Nodes: names}, nil)
 	}
 	local := node.NewLocal(node.DefaultPaths())
-	if err := local.RenewCertificates(c.Context); err != nil {
+	self, err := local.Report(c.Context)
+	if err != nil {
 		return err
 	}
-	certs, err := local.Certificates(c.Context)
+	if self.Role == cluster.RoleData {
+		return operate(c, "renew-certificates", node.RenewOrder{Nodes: []string{self.Name}}, nil)
+	}
+	// Operations are the data nodes'; a witness may renew its own all the same.
+	ctx, cancel := c.Context, context.CancelFunc(func() {})
+	if limit := c.Duration("timeout"); limit > 0 {
+		ctx, cancel = context.WithTimeout(ctx, limit)
+	}
+	defer cancel()
+	if err := local.RenewCertificates(ctx); err != nil {
+		return err
+	}
+	certs, err := local.Certificates(ctx)
 	if err != nil {
 		return err
 	}
 	if c.Bool("json") {
 		return printJSON(os.Stdout, certs)
 	}
-	fmt.Println("Renewed; every part uses the new certificates already.")
+	fmt.Println("Renewed; every part was told to load them.")
 	return printCerts(os.Stdout, certs)
 }

@@ -15,7 +15,7 @@ func rotateCommand() *cli.Command {
 			{
 				Name: "passwords", Usage: "new passwords for Patroni's API and the status page, on all data nodes",
 				Description: "The database roles that pgha uses log in by certificate and have no passwords.\nA node that is down takes the new ones when it returns.",
-				Flags:       operationFlags, Action: rotatePasswords,
+				Flags:       []cli.Flag{timeoutFlag, jsonFlag}, Action: rotatePasswords,
 			},
 			{
 				Name: "ca", Usage: "replace the certificate authority, in three steps: this, then --sign, then --finish",

@@ -70,6 +70,9 @@ func runSnapshotList(c *cli.Context) error {
 	if err := node.CheckRoot(); err != nil {
 		return err
 	}
+	if _, err := node.LoadState(node.DefaultPaths()); err != nil {
+		return err
+	}
 	all, err := node.ListSnapshots(node.DefaultPaths())
 	if err != nil {
 		return err

@@ -56,14 +56,29 @@ func failoverCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			if c.Bool("allow-data-loss") {
-				if err := confirm(c.Bool("yes"), "Commits that clients were told are safe may be lost for good. Promote all the same?"); err != nil {
+			req := node.FailoverRequest{Target: target, AllowDataLoss: c.Bool("allow-data-loss")}
+			if req.AllowDataLoss && !c.Bool("yes") {
+				p, err := node.NewLocal(node.DefaultPaths()).PlanFailover(c.Context, req)
+				if err != nil {
+					return err
+				}
+				if err := confirm(false, failoverText(p)); err != nil {
 					return err
 				}
 			}
-			return operate(c, "failover", node.FailoverRequest{Target: target, AllowDataLoss: c.Bool("allow-data-loss")}, nil)
+			return operate(c, "failover", req, nil)
 		},
 	}
+}
+
+// failoverText asks whether to promote a node, and says what each would lose.
+func failoverText(p node.FailoverPlan) string {
+	var b strings.Builder
+	for _, c := range p.Candidates {
+		fmt.Fprintf(&b, "  %s\n", c)
+	}
+	fmt.Fprintf(&b, "No primary serves. Commits that clients were told are safe may be lost for good. Promote %s all the same?", p.Promotes.Name)
+	return b.String()
 }
 
 func pauseCommand() *cli.Command {

@@ -31,7 +31,7 @@ func TestOperationArguments(t *testing.T) {
 		"switchover n1 n2":              "one NODE at most",
 		"switchover --cancel n2":        "--cancel takes neither",
 		"switchover --at tomorrow":      "is no time",
-		"failover --allow-data-loss":    "--yes",
+		"failover --allow-data-loss":    "not running", // it looks before it asks
 		"pause n1":                      "takes no argument",
 		"maintenance enter n1 n2":       "one NODE at most",
 		"maintenance leave n1 --reason": "not defined: -reason",

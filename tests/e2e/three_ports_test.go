@@ -425,11 +425,18 @@ func (c *trio) apiPort(t *testing.T) {
 		}{
 			{http.MethodGet, "/v1/node", 403, 403, 200},
 			{http.MethodGet, "/v1/status", 403, 403, 200},
-			{http.MethodPost, cluster.PathRenew, 403, 400, 0},
+			{http.MethodPost, cluster.PathRenew, 403, 403, 0},
 			{http.MethodGet, "/v1/tokens", 404, 404, 404},
 			{http.MethodPost, "/v1/tokens", 404, 404, 404},
 			{http.MethodPost, "/v1/leave", 404, 404, 404},
-			{http.MethodPost, "/v1/certificates", 404, 404, 404},
+			{http.MethodGet, "/v1/alive", 403, 403, 200},
+			{http.MethodPost, "/v1/gate/keep-off", 403, 403, 0},
+			{http.MethodPost, "/v1/meet", 403, 403, 0},
+			{http.MethodGet, "/v1/members/traces", 403, 403, 0},
+			{http.MethodPost, "/v1/members/leave", 403, 403, 0},
+			{http.MethodPost, "/v1/members/standing", 403, 403, 0},
+			{http.MethodPost, "/v1/operations/switchover", 404, 404, 404},
+			{http.MethodGet, "/v1/events", 404, 404, 404},
 			{http.MethodGet, "/", 404, 404, 404},
 		} {
 			for role, want := range map[pki.Role]int{"": r.nobody, pki.RolePatroni: r.patroni, pki.RoleNode: r.node} {
@@ -438,6 +445,22 @@ func (c *trio) apiPort(t *testing.T) {
 				}
 				if a, err := ask(t, as(role), r.method, base+r.path, nil); err != nil || a.status != want {
 					t.Errorf("%s %s of %s with the certificate %q: %+v, %v, want %d", r.method, r.path, h, role, a, err, want)
+				}
+			}
+		}
+		// For data nodes alone: what is asked of a witness's host is refused to it too.
+		for _, r := range []struct{ method, path string }{
+			{http.MethodPost, "/v1/certificates"}, {http.MethodPost, "/v1/members/retire"}, {http.MethodPut, "/v1/program"},
+			{http.MethodPost, "/v1/program/check"}, {http.MethodPost, "/v1/program/trial"}, {http.MethodGet, "/v1/settings/state"},
+			{http.MethodPost, "/v1/settings/try"}, {http.MethodPost, "/v1/checkpoint"}, {http.MethodPost, "/v1/tasks/restart"},
+		} {
+			witness := c.asClient(t, h, "")
+			c.present(t, witness, "witness", pki.RoleNode)
+			for name, cfg := range map[string]*tls.Config{
+				"no": c.asClient(t, h, ""), "Patroni's": c.asClient(t, h, pki.RolePatroni), "the witness's": witness,
+			} {
+				if a, err := ask(t, httpsFrom(c.Lab.Dial, cfg), r.method, base+r.path, nil); err != nil || a.status != http.StatusForbidden {
+					t.Errorf("%s %s of %s with %s certificate: %+v, %v, want 403", r.method, r.path, h, name, a, err)
 				}
 			}
 		}
