@@ -38,12 +38,15 @@ const (
 type CAState struct {
 	// Step grows by one with every change. A node never follows one that is
 	// below what it has followed: old sealed values open for ever.
-	Step  int64     `json:"step"`
-	Phase CAPhase   `json:"phase"`
-	Certs [][]byte  `json:"certs"` // PEM; the first signs
-	Keys  [][]byte  `json:"keys"`  // sealed, in the order of Certs
-	By    string    `json:"by"`    // as root@n1
-	At    time.Time `json:"at"`    // when this phase began
+	Step  int64   `json:"step"`
+	Phase CAPhase `json:"phase"`
+	// Signed says that the next CA has signed, whether or not it does now: nodes
+	// may have certificates of it.
+	Signed bool      `json:"signed,omitempty"`
+	Certs  [][]byte  `json:"certs"` // PEM; the first signs
+	Keys   [][]byte  `json:"keys"`  // sealed, in the order of Certs
+	By     string    `json:"by"`    // as root@n1
+	At     time.Time `json:"at"`    // when this phase began
 }
 
 // Trust is what ca.crt holds in this state.
@@ -54,7 +57,7 @@ func (s CAState) Start(next, nextKey []byte) (CAState, error) {
 	if s.Phase != CADone || len(s.Certs) != 1 || len(s.Keys) != 1 {
 		return s, fmt.Errorf("start in phase %s: another CA is being introduced already", s.Phase)
 	}
-	s.Step, s.Phase = s.Step+1, CATrust
+	s.Step, s.Phase, s.Signed = s.Step+1, CATrust, false
 	s.Certs, s.Keys = [][]byte{s.Certs[0], next}, [][]byte{s.Keys[0], nextKey}
 	return s, nil
 }
@@ -69,7 +72,7 @@ func (s CAState) swap(from, to CAPhase) (CAState, error) {
 	if s.Phase != from || len(s.Certs) != 2 || len(s.Keys) != 2 {
 		return s, fmt.Errorf("go to phase %s from phase %s: that is not the order", to, s.Phase)
 	}
-	s.Step, s.Phase = s.Step+1, to
+	s.Step, s.Phase, s.Signed = s.Step+1, to, true
 	s.Certs, s.Keys = [][]byte{s.Certs[1], s.Certs[0]}, [][]byte{s.Keys[1], s.Keys[0]}
 	return s, nil
 }
@@ -80,7 +83,7 @@ func (s CAState) Drop() (CAState, error) {
 	if s.Phase == CADone || len(s.Certs) != 2 || len(s.Keys) != 2 {
 		return s, errors.New("drop a CA: there is only one")
 	}
-	s.Step, s.Phase = s.Step+1, CADone
+	s.Step, s.Phase, s.Signed = s.Step+1, CADone, false
 	s.Certs, s.Keys = s.Certs[:1:1], s.Keys[:1:1]
 	return s, nil
 }

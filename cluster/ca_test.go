@@ -20,18 +20,21 @@ func TestCAStateSteps(t *testing.T) {
 		steps []func(CAState) (CAState, error)
 		phase CAPhase // "" = the last step is refused
 		certs string
+
+		signed bool
 	}{
-		{"start", []func(CAState) (CAState, error){start}, CATrust, "old new"},
-		{"sign", []func(CAState) (CAState, error){start, CAState.Sign}, CASign, "new old"},
-		{"finish", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Drop}, CADone, "new"},
-		{"back from signing", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Back}, CATrust, "old new"},
-		{"given up", []func(CAState) (CAState, error){start, CAState.Drop}, CADone, "old"},
-		{"back and given up", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Back, CAState.Drop}, CADone, "old"},
-		{"start twice", []func(CAState) (CAState, error){start, start}, "", ""},
-		{"sign at once", []func(CAState) (CAState, error){CAState.Sign}, "", ""},
-		{"sign twice", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Sign}, "", ""},
-		{"back from the start", []func(CAState) (CAState, error){start, CAState.Back}, "", ""},
-		{"drop the only one", []func(CAState) (CAState, error){CAState.Drop}, "", ""},
+		{"start", []func(CAState) (CAState, error){start}, CATrust, "old new", false},
+		{"sign", []func(CAState) (CAState, error){start, CAState.Sign}, CASign, "new old", true},
+		{"finish", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Drop}, CADone, "new", false},
+		{"back from signing", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Back}, CATrust, "old new", true},
+		{"given up", []func(CAState) (CAState, error){start, CAState.Drop}, CADone, "old", false},
+		{"back and given up", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Back, CAState.Drop}, CADone, "old", false},
+		{"started once more", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Back, CAState.Drop, start}, CATrust, "old new", false},
+		{"start twice", []func(CAState) (CAState, error){start, start}, "", "", false},
+		{"sign at once", []func(CAState) (CAState, error){CAState.Sign}, "", "", false},
+		{"sign twice", []func(CAState) (CAState, error){start, CAState.Sign, CAState.Sign}, "", "", false},
+		{"back from the start", []func(CAState) (CAState, error){start, CAState.Back}, "", "", false},
+		{"drop the only one", []func(CAState) (CAState, error){CAState.Drop}, "", "", false},
 	} {
 		s := one
 		var before CAState
@@ -54,6 +57,9 @@ func TestCAStateSteps(t *testing.T) {
 		words := func(of [][]byte) string { return string(bytes.Join(of, []byte(" "))) }
 		if err != nil || s.Phase != tc.phase || words(s.Certs) != tc.certs || strings.ReplaceAll(words(s.Keys), "k ", "") != tc.certs {
 			t.Errorf("%s: %v, phase %s, certificates %q, keys %q", tc.name, err, s.Phase, words(s.Certs), words(s.Keys))
+		}
+		if s.Signed != tc.signed {
+			t.Errorf("%s: that the next CA has signed is %v, want %v", tc.name, s.Signed, tc.signed)
 		}
 	}
 	if words := string(one.Certs[0]) + string(one.Keys[0]); words != "oldk old" || one.Step != 0 {

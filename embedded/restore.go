@@ -63,9 +63,18 @@ func Restore(db string, cfg Config) (err error) {
 	return fsx.WriteJSON(cfg.identityPath(), identity{Token: cfg.Token}, 0o600)
 }
 
+// HoldsMember says whether cfg.DataDir is known to be that of a member. Restore
+// makes it so at its end: what was cut off before holds none.
+func HoldsMember(cfg Config) bool {
+	_, err := os.Lstat(cfg.identityPath())
+	return err == nil
+}
+
 // Exchange puts the data directory fresh in the place of dir, and what was there
 // at aside, in this order: at no moment does dir not hold one of the two whole. No
 // member may run on either. aside must be absent and on the same file system.
+// After an error the exchange may have been made; what was in dir is then in
+// fresh, or at aside.
 func Exchange(fresh, dir, aside string) error {
 	if _, err := os.Lstat(aside); err == nil {
 		return fmt.Errorf("replace etcd data: %s is there already: %w", aside, os.ErrExist)

@@ -62,6 +62,9 @@ func (n *Node) runEtcd(ctx context.Context) error {
 		n.store.Store(cluster.NewStore(srv.Client(), n.state.ClusterID))
 		err = n.superviseEtcd(ctx, srv, fatal)
 		if ctx.Err() != nil {
+			if job := (errEtcdJob{}); errors.As(err, &job) {
+				job.done <- ctx.Err() // somebody waits for it
+			}
 			return nil // stop() ends the server, after the children
 		}
 		n.etcd.Store(nil)

@@ -78,7 +78,8 @@ type barred struct {
 
 // generationFile is what a node keeps of this on disk.
 type generationFile struct {
-	Own    Generation `json:"own"` // without Former
+	// Own is with Former: a recovery begins where no quorum can be asked for it.
+	Own    Generation `json:"own"`
 	Barred *barred    `json:"barred,omitempty"`
 }
 
@@ -130,13 +131,11 @@ func (n *Node) setGeneration(g Generation) error {
 	l := &n.lineage
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	kept := g
-	kept.Former = nil
 	bar := l.barred
 	if g.By == n.cfg.Name && g.Number > l.own.Number {
 		bar = nil
 	}
-	if err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: bar}, 0o600); err != nil {
+	if err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: g, Barred: bar}, 0o600); err != nil {
 		return fmt.Errorf("note generation: %w", err)
 	}
 	l.own = g
@@ -154,14 +153,12 @@ func (n *Node) barNode(b barred) {
 	}
 	b.At = time.Now().UTC()
 	l.barred = &b
-	kept := l.own
-	kept.Former = nil
 	// The gate first; whether it can be noted comes after.
 	if n.keeper != nil {
 		n.keeper.gate.Ban(b.Text)
 	}
 	close(l.bar)
-	err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: kept, Barred: &b}, 0o600)
+	err := fsx.WriteJSON(n.paths.generation(), generationFile{Own: l.own, Barred: &b}, 0o600)
 	l.mu.Unlock()
 	if b.Kind == barReplaced { // it is no member any more, and can be reset as any other that is none
 		err = errors.Join(err, n.changeState(func(s *State) { s.Removed = &Removal{At: b.At.Truncate(time.Second), Why: b.Text} }))

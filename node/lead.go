@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"time"
 
 	"pgha/cluster"
@@ -227,12 +228,27 @@ func (d *duties) placement(ctx context.Context, srv *embedded.Server, st embedde
 	}
 	o.Reachable, o.Applied = d.progress(st)
 	target, why := embedded.DecideLeaderPlacement(o)
-	if target == 0 {
+	if target == 0 || !d.answersNow(ctx, st, target) {
 		return nil
 	}
 	d.lastMove = time.Now()
 	d.n.log.Info("moving etcd's leadership", "to", fmt.Sprintf("%x", target), "why", why)
 	return srv.MoveLeader(ctx, target)
+}
+
+// answersNow asks a member whether it is there. A transfer to one that is not
+// would have raft drop every proposal until it is given up, a second later.
+func (d *duties) answersNow(ctx context.Context, st embedded.Status, id uint64) bool {
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
+	for _, e := range st.Members {
+		for _, m := range d.n.snapshot().Members {
+			if e.ID == id && m.PeerURL() == e.PeerURL {
+				return e.ID == st.MemberID || d.n.seen.call(ctx, http.MethodGet, m.APIAddr(), pathAlive, nil, nil) == nil
+			}
+		}
+	}
+	return false
 }
 
 // defrag gives etcd's free pages back now and then. Members do it at

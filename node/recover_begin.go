@@ -84,13 +84,13 @@ func (n *Node) beginAnew(ctx context.Context, o *Operation, req RecoverRequest) 
 		return r, fmt.Errorf("make generation: %w", err)
 	}
 	old := n.generation()
-	g := Generation{Number: p.Generation, ID: hex.EncodeToString(raw), At: time.Now().UTC().Truncate(time.Second), By: n.cfg.Name, Former: old.Former}
-	for _, m := range append(slices.Clone(b.roster), n.others()...) {
-		if m.Name != n.cfg.Name {
-			g.Former = slices.DeleteFunc(slices.Clone(g.Former), func(f cluster.Member) bool { return f.Name == m.Name })
-			g.Former = append(g.Former, m)
-		}
+	held, err := n.generationIn(b.keys)
+	if err != nil { // a snapshot may be restored just for that
+		n.log.Warn("cannot read which members this node's etcd knows to be lost", "err", err)
 	}
+	// lostMembers adds those of the keyspace that it begins with.
+	g := Generation{Number: p.Generation, ID: hex.EncodeToString(raw), At: time.Now().UTC().Truncate(time.Second), By: n.cfg.Name,
+		Former: mergeFormer(n.cfg.Name, old.Former, held.Former)}
 	r.Generation, r.Lost, r.OldEtcd = g.Number, p.Lost, fmt.Sprintf("%s-generation%d-%s", n.paths.etcd(), max(old.Number, 1), g.At.Format("20060102T150405"))
 	o.Leaves("nothing has changed but that a snapshot was saved: run the command again")
 	// From here on it goes to its end, whoever hangs up.
@@ -111,6 +111,33 @@ func (n *Node) beginAnew(ctx context.Context, o *Operation, req RecoverRequest) 
 		return r, refused(cluster.CodeUnavailable, "there is no primary after %s", primaryTimeout)
 	}
 	return r, nil
+}
+
+// generationIn is the generation that a keyspace says it is of, or none.
+func (n *Node) generationIn(keys map[string][]byte) (Generation, error) {
+	var g Generation
+	value, ok := keys[cluster.Root+n.state.ClusterID+"/"+keyGeneration]
+	if !ok {
+		return g, nil
+	}
+	if err := json.Unmarshal(value, &g); err != nil {
+		return g, fmt.Errorf("decode generation: %w", err)
+	}
+	return g, nil
+}
+
+// mergeFormer is all members of the lists but self. Of one that is in several of
+// them the last list says what it was.
+func mergeFormer(self string, lists ...[]cluster.Member) []cluster.Member {
+	var out []cluster.Member
+	for _, m := range slices.Concat(lists...) {
+		if m.Name == self {
+			continue
+		}
+		out = slices.DeleteFunc(out, func(f cluster.Member) bool { return f.Name == m.Name })
+		out = append(out, m)
+	}
+	return out
 }
 
 // awaitEtcd waits a moment for this node's etcd member to run.
@@ -197,6 +224,17 @@ func (n *Node) replaceEtcd(ctx context.Context, o *Operation, source string, g G
 	ctx, cancel := context.WithTimeout(ctx, beginTimeout)
 	defer cancel()
 	fresh, db := n.paths.etcd()+".new", filepath.Join(n.paths.Lib, "recover.db")
+	cfg := n.etcdConfig(make(chan error, 1))
+	old := cfg
+	cfg.DataDir = fresh
+	if embedded.HoldsMember(cfg) {
+		// An attempt was cut off, maybe right after the exchange: then this is the
+		// old etcd, and nothing else has what it holds.
+		o.Say("an attempt was cut off; what it left is kept as %s", aside+"-before")
+		if err := os.Rename(fresh, aside+"-before"); err != nil {
+			return fmt.Errorf("keep what an attempt left: %w", err)
+		}
+	}
 	for _, left := range []string{fresh, db} { // of an attempt that was cut off
 		if err := os.RemoveAll(left); err != nil {
 			return fmt.Errorf("clean up: %w", err)
@@ -204,33 +242,22 @@ func (n *Node) replaceEtcd(ctx context.Context, o *Operation, source string, g G
 	}
 	unpacked := db
 	defer func() { err = errors.Join(err, os.RemoveAll(unpacked)) }()
-	cfg := n.etcdConfig(make(chan error, 1))
 	var info SnapshotInfo
 	if source == "" { // no member has run that could have saved it
-		source, db = cfg.Database(), cfg.Database()
+		source, db = old.Database(), old.Database()
 	} else if err := embedded.UnpackSnapshot(source, db, &info); err != nil {
 		return err
 	}
 	// Nobody may see it before it is right: Patroni waits on the client's port.
 	segment := int64(16 << 20)
-	cfg.DataDir, cfg.ClientURL, cfg.WALSegmentBytes, cfg.Bootstrap = fresh, "", segment, false
+	cfg.ClientURL, cfg.WALSegmentBytes, cfg.Bootstrap = "", segment, false
 	cfg.FatalFile = filepath.Join(fresh, "fatal.json")
 	o.Say("making a new etcd of one member from %s", source)
-	if err := embedded.Restore(db, cfg); err != nil {
-		return err
+	if g, err = n.prepareEtcd(ctx, db, cfg, o, g, b); err != nil {
+		return errors.Join(fmt.Errorf("prepare the new etcd: %w", err), os.RemoveAll(fresh))
 	}
-	srv, err := embedded.Start(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	err = srv.WaitReady(ctx)
-	if err == nil {
-		err = n.amend(ctx, srv.Client(), o, g, b)
-	}
-	srv.Stop()
-	if err != nil {
-		return fmt.Errorf("prepare the new etcd: %w", err)
-	}
+	o.Leaves("generation %d may have begun on this node: restart pgha here and see what pgha status says before anything is repeated. The old etcd is kept as %s or %s",
+		g.Number, aside, fresh)
 	if err := embedded.Exchange(fresh, n.paths.etcd(), aside); err != nil {
 		return err
 	}
@@ -247,9 +274,57 @@ func (n *Node) replaceEtcd(ctx context.Context, o *Operation, source string, g G
 	return n.saveCache(w)
 }
 
+// prepareEtcd makes the member of cfg from the database db, and puts its keyspace
+// right. It returns the generation as it is written there.
+func (n *Node) prepareEtcd(ctx context.Context, db string, cfg embedded.Config, o *Operation, g Generation, b basis) (Generation, error) {
+	if err := embedded.Restore(db, cfg); err != nil {
+		return g, err
+	}
+	srv, err := embedded.Start(ctx, cfg)
+	if err != nil {
+		return g, err
+	}
+	defer srv.Stop()
+	if err := srv.WaitReady(ctx); err != nil {
+		return g, err
+	}
+	lost, err := n.lostMembers(ctx, srv.Client(), &g, b)
+	if err != nil {
+		return g, err
+	}
+	return g, n.amend(ctx, srv.Client(), o, g, b, lost)
+}
+
+// lostMembers are those that are lost with this recovery: of the keyspace's
+// roster and of those that the node knows. They and whom the keyspace knows from
+// earlier recoveries are added to the former members of g.
+func (n *Node) lostMembers(ctx context.Context, c *clientv3.Client, g *Generation, b basis) ([]cluster.Member, error) {
+	store := cluster.NewStore(c, n.state.ClusterID)
+	roster, _, err := store.Members(ctx)
+	if err != nil {
+		return nil, err
+	}
+	key := store.Prefix() + keyGeneration
+	r, err := c.Get(ctx, key)
+	if err != nil {
+		return nil, fmt.Errorf("read generation: %w", err)
+	}
+	keys := map[string][]byte{}
+	for _, kv := range r.Kvs {
+		keys[key] = kv.Value
+	}
+	past, err := n.generationIn(keys)
+	if err != nil {
+		return nil, err
+	}
+	lost := mergeFormer(n.cfg.Name, roster, b.roster, n.others())
+	g.Former = mergeFormer(n.cfg.Name, past.Former, g.Former, lost)
+	return lost, nil
+}
+
 // amend takes out of a keyspace what must not come back from the past, and
 // writes what the new generation begins with.
-func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Generation, b basis) error {
+func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Generation, b basis, lost []cluster.Member) error {
 	store := cluster.NewStore(c, n.state.ClusterID)
 	id, err := store.Identity(ctx)
 	if err != nil {
@@ -259,6 +334,7 @@ func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Ge
 		return fmt.Errorf("%w: it holds cluster %s", cluster.ErrOtherCluster, id.ID)
 	}
 	p := patroni.Prefix(n.cfg.Cluster)
+	members := store.Prefix() + "members/"
 	drop := []clientv3.Op{
 		// Who leads is decided anew. With the sync key gone Patroni lets this node
 		// alone be promoted, which is what was decided on.
@@ -267,11 +343,9 @@ func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Ge
 		clientv3.OpDelete(p+"optime/", clientv3.WithPrefix()),
 		clientv3.OpDelete(store.Prefix()+"tokens/", clientv3.WithPrefix()),
 		clientv3.OpDelete(n.operationKey()),
-	}
-	for _, m := range b.roster {
-		if m.Name != n.cfg.Name {
-			drop = append(drop, clientv3.OpDelete(store.Prefix()+"members/"+m.Name))
-		}
+		// The whole roster but this node, whatever was known of it here.
+		clientv3.OpDelete(members, clientv3.WithRange(members+n.cfg.Name)),
+		clientv3.OpDelete(members+n.cfg.Name+"\x00", clientv3.WithRange(clientv3.GetPrefixRangeEnd(members))),
 	}
 	if _, err := c.Txn(ctx).Then(drop...).Commit(); err != nil {
 		return fmt.Errorf("drop what is of the past: %w", err)
@@ -296,7 +370,14 @@ func (n *Node) amend(ctx context.Context, c *clientv3.Client, o *Operation, g Ge
 	if err != nil {
 		return err
 	}
+	recorded, err := store.Former(ctx)
+	if err != nil {
+		return err
+	}
 	for _, m := range g.Former {
+		if !named(lost, m.Name) && slices.ContainsFunc(recorded, func(f cluster.FormerMember) bool { return f.Name == m.Name }) {
+			continue // it was lost earlier, as is written there
+		}
 		f := cluster.FormerMember{Name: m.Name, Addr: m.Addr, Role: m.Role, MemberID: b.ids[m.PeerURL()], RemovedAt: g.At, By: o.Actor(),
 			Why: fmt.Sprintf("lost when generation %d was begun on %s", g.Number, g.By)}
 		if err := store.PutFormer(ctx, f); err != nil {

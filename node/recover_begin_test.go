@@ -75,6 +75,12 @@ func TestReplaceEtcd(t *testing.T) {
 	if err := store.PutMember(t.Context(), lost); err != nil {
 		t.Fatal(err)
 	}
+	// The keyspace's roster may be ahead of what this node has read of it.
+	unread := lost
+	unread.Name, unread.Addr = "n3", netip.MustParseAddr("127.0.0.8")
+	if err := store.PutMember(t.Context(), unread); err != nil {
+		t.Fatal(err)
+	}
 	p := patroni.Prefix(n.cfg.Cluster)
 	kept := map[string]string{p + "config": `{"ttl":60}`, p + "initialize": "7000000000000000001", p + "history": "[]"}
 	past := []string{p + "leader", p + "members/n1", p + "members/n2", p + "failover", p + "sync", p + "status", p + "optime/leader",
@@ -168,7 +174,7 @@ func TestReplaceEtcd(t *testing.T) {
 	if err := json.Unmarshal([]byte(get(store.Prefix()+keyGeneration)), &stored); err != nil {
 		t.Fatal(err)
 	}
-	if stored.Number != 2 || len(stored.Former) != 1 || stored.Former[0].Name != "n2" {
+	if stored.Number != 2 || !named(stored.Former, "n2") || !named(stored.Former, "n3") || len(stored.Former) != 2 {
 		t.Errorf("the generation in etcd is %+v", stored)
 	}
 	roster, _, err := store.Members(t.Context())
@@ -176,11 +182,18 @@ func TestReplaceEtcd(t *testing.T) {
 		t.Errorf("the roster is %v (%v)", roster, err)
 	}
 	former, err := store.Former(t.Context())
-	if err != nil || len(former) != 1 || former[0].MemberID != 42 || !strings.Contains(former[0].Why, "generation 2") {
+	byName := map[string]cluster.FormerMember{}
+	for _, f := range former {
+		byName[f.Name] = f
+	}
+	if err != nil || len(former) != 2 || byName["n2"].MemberID != 42 || !strings.Contains(byName["n3"].Why, "generation 2") {
 		t.Errorf("former members are %+v (%v)", former, err)
 	}
 	if _, err := os.Stat(aside); err != nil {
 		t.Errorf("the old etcd was not kept: %v", err)
+	}
+	if !strings.HasPrefix(o.left, "generation 2 may have begun") {
+		t.Errorf("an error after the exchange would say that %s", o.left)
 	}
 	for _, left := range []string{n.paths.etcd() + ".new", filepath.Join(n.paths.Lib, "recover.db")} {
 		if _, err := os.Stat(left); !errors.Is(err, fs.ErrNotExist) {
@@ -195,6 +208,12 @@ func TestReplaceEtcd(t *testing.T) {
 	n.etcd.Load().Stop()
 	n.etcd.Store(nil)
 	n.lineage.barred = &barred{Kind: barOlder}
+	// An attempt was cut off between the exchange and the move of the old etcd, and
+	// of whom the last generation has lost only the keyspace knows.
+	if err := os.CopyFS(n.paths.etcd()+".new", os.DirFS(aside)); err != nil {
+		t.Fatal(err)
+	}
+	n.lineage.own.Former = nil
 	g = Generation{Number: 3, ID: "y", At: g.At, By: n.cfg.Name}
 	if err := n.replaceEtcd(t.Context(), o, "", g, basis{roster: roster}, aside+"-2"); err != nil {
 		t.Fatal(err)
@@ -203,12 +222,22 @@ func TestReplaceEtcd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if f := again.generation().Former; len(f) != 2 || !named(f, "n2") || !named(f, "n3") {
+		t.Errorf("after a restart, without a quorum, it knows the former members %v", f)
+	}
+	if _, err := os.Stat(filepath.Join(aside+"-2-before", "member", "snap", "db")); err != nil {
+		t.Errorf("the etcd that a cut off attempt had replaced was not kept: %v", err)
+	}
 	if again.isBarred() != nil || again.generation().Number != 3 {
 		t.Errorf("after a restart it is of generation %d, barred %+v", again.generation().Number, again.isBarred())
 	}
 	c = startAlone(t, n).Client()
 	if v := get("k"); v != "v" {
 		t.Errorf("k is %q", v)
+	}
+	// Those of the last generation are on record as what they were.
+	if again, err := n.store.Load().Former(t.Context()); err != nil || len(again) != 2 || !strings.Contains(again[0].Why, "generation 2") {
+		t.Errorf("former members are %+v (%v)", again, err)
 	}
 }
 

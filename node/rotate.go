@@ -83,6 +83,13 @@ func (n *Node) followCA(w world) error {
 		}
 	}
 	trust := w.CA.Trust()
+	if n.sealing == nil {
+		// A data node gives itself certificates of the CA that signs in this same
+		// round; a witness has to be let in to get one.
+		if err := n.trustsItself(w.CA); err != nil {
+			return err
+		}
+	}
 	if old, err := os.ReadFile(n.pki.CAPath()); err != nil || !bytes.Equal(old, trust) {
 		if err := n.pki.WriteCA(trust); err != nil {
 			return err
@@ -93,6 +100,23 @@ func (n *Node) followCA(w world) error {
 		return nil
 	}
 	return fsx.WriteFile(n.caStepFile(), fmt.Appendln(nil, w.CA.Step), 0o600, fsx.Keep, fsx.Keep)
+}
+
+// trustsItself refuses a state under which this node would not believe its own
+// certificates, and so never start again.
+func (n *Node) trustsItself(s *cluster.CAState) error {
+	for _, r := range n.cfg.Role.Roles() {
+		b, err := n.pki.Bundle(r)
+		if err != nil {
+			return fmt.Errorf("check certificate %s before the trusted CAs change: %w", r, err)
+		}
+		// The bundle holds the CA that has signed it.
+		if !pki.SameTrust(b.CAPEM, s.Certs[0]) && (len(s.Certs) < 2 || !pki.SameTrust(b.CAPEM, s.Certs[1])) {
+			by, _ := pki.Fingerprint(b.CAPEM) // it was parsed
+			return fmt.Errorf("step %d of the CA does not trust the CA %s, which has signed this node's certificate %s, so this node stays with what it has: if it does not get on with the others any more, run pgha member replace %s on a data node and do what it says", s.Step, by, r, n.cfg.Name)
+		}
+	}
+	return nil
 }
 
 // confirm tells the cluster that every part of this node uses the present
@@ -133,6 +157,9 @@ func (n *Node) setUnconfirmed(why string) {
 // there is nothing left.
 func (n *Node) unconfirmed(ctx context.Context, w world) (string, error) {
 	if w.CA != nil && w.Taken[n.cfg.Name].CA != w.CA.Step {
+		if last, err := n.caStep(); err != nil || last < w.CA.Step {
+			return "it has not taken the CA certificates (see its problems)", err
+		}
 		due, err := n.dueCertificates(w, time.Now())
 		if err != nil || len(due) > 0 {
 			return "its certificates are being reissued", err

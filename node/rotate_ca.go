@@ -25,6 +25,9 @@ const (
 // RotateCARequest asks for a step.
 type RotateCARequest struct {
 	Step string `json:"step"`
+	// FormerDestroyed is the operator's word that the machines of past generations
+	// which have not joined again cannot come back as they were.
+	FormerDestroyed bool `json:"former_destroyed,omitempty"`
 }
 
 // RotateCAResult is the state after a step.
@@ -46,9 +49,18 @@ const (
 	caDrop
 )
 
-// decideRotation says what a request does, or why it is refused. behind names
-// the members that have not confirmed the present state.
-func decideRotation(phase cluster.CAPhase, step string, behind []string, joining []string) (caPlan, string) {
+// rotationFacts is what the decision about a request goes by.
+type rotationFacts struct {
+	phase   cluster.CAPhase
+	signed  bool     // the next CA has signed, now or before it was taken back
+	behind  []string // members that have not confirmed the present state
+	joining []string // members that are just joining
+	former  []string // of past generations, that may come back as they were
+}
+
+// decideRotation says what a request does, or why it is refused.
+func decideRotation(f rotationFacts, step string) (caPlan, string) {
+	phase, behind, joining := f.phase, f.behind, f.joining
 	if len(joining) > 0 && step != RotateCABack {
 		return caRefuse, fmt.Sprintf("%s is just joining: wait until it is a member, or take it out, and repeat", strings.Join(joining, " and "))
 	}
@@ -84,18 +96,36 @@ func decideRotation(phase cluster.CAPhase, step string, behind []string, joining
 			return caRefuse, "the new CA does not sign yet: give clients the file of both (pgha cert ca), then run pgha rotate ca --sign"
 		case len(behind) > 0:
 			return caRefuse, waits
+		case len(f.former) > 0:
+			return caRefuse, formerBack(f.former, step)
 		}
 		return caDrop, ""
 	case RotateCABack:
-		switch phase {
-		case cluster.CASign:
+		switch {
+		case phase == cluster.CASign:
 			return caBack, ""
-		case cluster.CATrust:
+		case phase == cluster.CATrust && !f.signed:
+			return caDrop, "" // nobody has a certificate of the next
+		case phase == cluster.CATrust && len(joining) > 0:
+			return caRefuse, fmt.Sprintf("%s is just joining, maybe by the CA that would be trusted no more: wait until it is a member, or take it out, and repeat", strings.Join(joining, " and "))
+		case phase == cluster.CATrust && len(behind) > 0:
+			return caAwait, "" // they may have certificates of the next
+		case phase == cluster.CATrust && len(f.former) > 0:
+			return caRefuse, formerBack(f.former, step)
+		case phase == cluster.CATrust:
 			return caDrop, ""
 		}
 		return caRefuse, "there is nothing to go back from: one CA is trusted, and it signs"
 	}
 	return caRefuse, fmt.Sprintf("%q is no step: use %s, %s, %s or %s", step, RotateCAStart, RotateCASign, RotateCAFinish, RotateCABack)
+}
+
+// formerBack says why a CA cannot be dropped while nodes of a past generation
+// have certificates of it: nobody could tell them that they were replaced, and
+// enough of them would serve as the cluster that they were.
+func formerBack(former []string, step string) string {
+	return fmt.Sprintf("%s, of a generation that was replaced, could come back with certificates of the CA that is to be dropped, would be refused before it hears that it was replaced, and could serve on: destroy each such machine, or run pgha reset on it, and then give pgha rotate ca%s --former-destroyed",
+		strings.Join(former, " and "), caFlags[step])
 }
 
 // flagOf is how the present phase is asked for again.
@@ -119,7 +149,7 @@ func (n *Node) rotateCA(ctx context.Context, o *Operation, body json.RawMessage)
 	if err := decodeRequest(body, &req); err != nil {
 		return nil, err
 	}
-	state, err := n.stepCA(ctx, o, req.Step)
+	state, err := n.stepCA(ctx, o, req)
 	if err != nil {
 		return nil, err
 	}
@@ -182,9 +212,41 @@ func caInWords(s *cluster.CAState) string {
 	return fmt.Sprintf("the CA %s signs, and %s is trusted beside it", prints[0], prints[1])
 }
 
+// mayComeBack names the members of past generations, but those that have joined
+// again in their own place. It reads them with a quorum: after a start this node
+// does not have them from its disk.
+func (n *Node) mayComeBack(ctx context.Context, store *cluster.Store, members []cluster.Member) ([]string, error) {
+	c, err := n.etcdClient()
+	if err != nil {
+		return nil, err
+	}
+	r, err := c.Get(ctx, store.Prefix()+keyGeneration)
+	if err != nil {
+		return nil, fmt.Errorf("read generation: %w", err)
+	}
+	if len(r.Kvs) == 0 {
+		return nil, nil // it was never begun anew
+	}
+	var g Generation
+	if err := json.Unmarshal(r.Kvs[0].Value, &g); err != nil {
+		return nil, fmt.Errorf("decode generation: %w", err)
+	}
+	return absent(g.Former, members), nil
+}
+
+// absent names those of former that are not members at the same address.
+func absent(former, members []cluster.Member) (out []string) {
+	for _, f := range former {
+		if !slices.ContainsFunc(members, func(m cluster.Member) bool { return m.Name == f.Name && m.Addr == f.Addr }) {
+			out = append(out, fmt.Sprintf("%s (%s)", f.Name, f.Addr))
+		}
+	}
+	return out
+}
+
 // stepCA writes the next state, if the request means one, and returns the state
 // that the members are to follow.
-func (n *Node) stepCA(ctx context.Context, o *Operation, step string) (*cluster.CAState, error) {
+func (n *Node) stepCA(ctx context.Context, o *Operation, req RotateCARequest) (*cluster.CAState, error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
 	store := n.store.Load()
@@ -221,7 +283,13 @@ func (n *Node) stepCA(ctx context.Context, o *Operation, step string) (*cluster.
 			behind = append(behind, m.Name)
 		}
 	}
-	plan, why := decideRotation(state.Phase, step, behind, joining)
+	facts := rotationFacts{phase: state.Phase, signed: state.Signed, behind: behind, joining: joining}
+	if !req.FormerDestroyed {
+		if facts.former, err = n.mayComeBack(ctx, store, members); err != nil {
+			return nil, err
+		}
+	}
+	plan, why := decideRotation(facts, req.Step)
 	if plan == caRefuse {
 		return nil, &cluster.Error{Code: cluster.CodeConflict, Message: why}
 	}

@@ -77,7 +77,7 @@ func TestTrialDir(t *testing.T) {
 // alone may read.
 func TestTrialDirFollowsNoLink(t *testing.T) {
 	for name, lay := range map[string]func(secret, file string) error{
-		"a link":           os.Symlink,
+		"a link": os.Symlink,
 		"a relative link": func(secret, file string) error {
 			to, err := filepath.Rel(filepath.Dir(file), secret)
 			if err != nil {

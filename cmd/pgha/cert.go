@@ -23,7 +23,7 @@ func certCommand() *cli.Command {
 			{Name: "list", Usage: "list the certificates of all nodes", Flags: []cli.Flag{jsonFlag}, Action: listCerts},
 			{
 				Name: "renew", Usage: "renew this node's certificates now, or NODE's, or all; nothing is restarted", ArgsUsage: "[NODE...]",
-				Flags: append([]cli.Flag{&cli.BoolFlag{Name: "all", Usage: "renew those of all nodes, one node after the other"}}, operationFlags...), Action: renewCerts,
+				Flags: append([]cli.Flag{&cli.BoolFlag{Name: "all", Usage: "renew those of all nodes, one node after the other"}}, timeoutFlag, jsonFlag), Action: renewCerts,
 			},
 			{Name: "ca", Usage: "print the CA certificate that clients need (sslrootcert)", Action: func(c *cli.Context) error {
 				if err := noArgs(c); err != nil {
@@ -90,7 +90,7 @@ func renewCerts(c *cli.Context) error {
 		return errors.New("--all and names of nodes exclude each other: give one")
 	}
 	if c.Bool("all") || len(names) > 0 {
-		return operate(c, "renew-certificates", node.RenewOrder{Nodes: names}, nil)
+		return operate(c, "renew-certificates", node.RenewOrder{Nodes: names})
 	}
 	local := node.NewLocal(node.DefaultPaths())
 	self, err := local.Report(c.Context)
@@ -98,14 +98,15 @@ func renewCerts(c *cli.Context) error {
 		return err
 	}
 	if self.Role == cluster.RoleData {
-		return operate(c, "renew-certificates", node.RenewOrder{Nodes: []string{self.Name}}, nil)
+		return operate(c, "renew-certificates", node.RenewOrder{Nodes: []string{self.Name}})
 	}
 	// Operations are the data nodes'; a witness may renew its own all the same.
-	ctx, cancel := c.Context, context.CancelFunc(func() {})
-	if limit := c.Duration("timeout"); limit > 0 {
-		ctx, cancel = context.WithTimeout(ctx, limit)
+	ctx := c.Context
+	if c.IsSet("timeout") {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, c.Duration("timeout"), errors.New("it took longer than --timeout"))
+		defer cancel()
 	}
-	defer cancel()
 	if err := local.RenewCertificates(ctx); err != nil {
 		return err
 	}

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -52,6 +54,9 @@ func showConfig(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := checkNode(v, c.String("node")); err != nil {
+		return err
+	}
 	v.Values = slices.DeleteFunc(v.Values, func(x node.ConfigValue) bool {
 		return x.Quiet && !c.Bool("all") || c.String("node") != "" && x.Node != "" && x.Node != c.String("node")
 	})
@@ -65,6 +70,14 @@ func showConfig(c *cli.Context) error {
 		fmt.Fprintf(os.Stderr, "%s did not answer.\n", strings.Join(v.Silent, " and "))
 	}
 	return nil
+}
+
+// checkNode refuses a node that has no settings; "" is all nodes.
+func checkNode(v node.ConfigView, name string) error {
+	if name == "" || slices.Contains(v.Nodes, name) {
+		return nil
+	}
+	return fmt.Errorf("there is no data node %q: use one of %s", name, strings.Join(v.Nodes, ", "))
 }
 
 func printConfig(w io.Writer, v node.ConfigView) error {
@@ -92,6 +105,9 @@ func getConfig(c *cli.Context) error {
 	}
 	v, err := node.NewLocal(node.DefaultPaths()).Config(c.Context)
 	if err != nil {
+		return err
+	}
+	if err := checkNode(v, c.String("node")); err != nil {
 		return err
 	}
 	found := false
@@ -130,7 +146,7 @@ func setConfig(c *cli.Context) error {
 	if len(req.Changes) == 0 {
 		return errors.New("config set needs a KEY=VALUE, as profile=steady: see pgha config show")
 	}
-	return changeConfig(c, req)
+	return askAndChange(c, req)
 }
 
 func unsetConfig(c *cli.Context) error {
@@ -144,7 +160,69 @@ func unsetConfig(c *cli.Context) error {
 	if len(req.Changes) == 0 {
 		return errors.New("config unset needs a KEY: see pgha config show")
 	}
+	return askAndChange(c, req)
+}
+
+// askAndChange is changeConfig that asks before what applications may not survive.
+func askAndChange(c *cli.Context, req node.ConfigRequest) error {
+	if c.Bool("yes") || c.Bool("dry-run") {
+		return changeConfig(c, req)
+	}
+	p, err := node.NewLocal(node.DefaultPaths()).PlanConfig(c.Context, req)
+	if err != nil {
+		return err
+	}
+	why := dangers(p, c.Bool("restart"))
+	if len(why) == 0 {
+		return changeConfig(c, req)
+	}
+	printPlan(os.Stderr, p)
+	fmt.Fprintln(os.Stderr, strings.Join(why, "\n"))
+	if err := confirm(false, "Make these changes?"); err != nil {
+		return err
+	}
+	req.Rev = p.Rev
 	return changeConfig(c, req)
+}
+
+// dangers says what a plan does that applications may notice.
+func dangers(p node.ConfigPlan, restart bool) []string {
+	var out []string
+	for _, d := range p.Diff {
+		switch {
+		case d.Key == "clients":
+			if gone := takenAway(d.Old, d.New); len(gone) > 0 {
+				out = append(out, fmt.Sprintf("Clients from %s cannot connect any more, and lose their sessions, unless another network of the new list holds them.", strings.Join(gone, " and ")))
+			}
+		case d.Key == "async" && d.New == "on":
+			out = append(out, "Commits do not wait for a replica any more: a failover may lose the last ones.")
+		case d.Key == "hba":
+			out = append(out, "Other rules decide who may log in.")
+		}
+	}
+	if restart && len(p.Diff) > 0 {
+		out = append(out, "PostgreSQL restarts wherever that is needed, one node after the other, and the primary hands over.")
+	}
+	return out
+}
+
+// takenAway are the networks of one list of clients that another does not cover.
+func takenAway(old, next string) []string {
+	networks := func(list string) (out []netip.Prefix) {
+		for text := range strings.SplitSeq(list, ",") {
+			if p, err := netip.ParsePrefix(strings.TrimSpace(text)); err == nil {
+				out = append(out, p)
+			}
+		}
+		return out
+	}
+	var gone []string
+	for _, was := range networks(old) {
+		if !slices.ContainsFunc(networks(next), func(p netip.Prefix) bool { return p.Bits() <= was.Bits() && p.Contains(was.Addr()) }) {
+			gone = append(gone, was.String())
+		}
+	}
+	return gone
 }
 
 // changeConfig does a request, or shows what it would do.
@@ -161,17 +239,28 @@ func changeConfig(c *cli.Context, req node.ConfigRequest) error {
 		fmt.Println("Nothing was changed: this was a dry run.")
 		return nil
 	}
-	var r node.ConfigResult
-	if err := operate(c, "config", req, &r); err != nil {
+	progress := newProgress()
+	answer, err := perform(c, progress, "config", req)
+	if err != nil {
 		return err
 	}
-	if !c.Bool("json") {
-		printResult(os.Stdout, r)
+	var r node.ConfigResult
+	if err := json.Unmarshal(answer, &r); err != nil {
+		return fmt.Errorf("decode result: %w", err)
 	}
-	if len(r.Pending) == 0 || !c.Bool("restart") {
-		return nil
+	done := map[string]any{"result": answer}
+	if c.Bool("restart") && len(r.Pending) > 0 {
+		done["restart"], err = perform(c, progress, "restart", node.RestartRequest{Rolling: true, Pending: true})
+		if err != nil {
+			return fmt.Errorf("change %d is made, and PostgreSQL was to be restarted: %w", r.Change, err)
+		}
+		r.Pending = nil
 	}
-	return restartPending(c)
+	if err := finishWith(c, "config", done); err != nil || c.Bool("json") {
+		return err
+	}
+	printResult(os.Stdout, r)
+	return nil
 }
 
 // printPlan shows what a request would change.
@@ -189,6 +278,14 @@ func printPlan(w io.Writer, p node.ConfigPlan) {
 	if len(p.On) > 0 {
 		fmt.Fprintf(w, "  %s needs a restart of PostgreSQL on %s\n", strings.Join(p.Restart, ", "), strings.Join(p.On, ", "))
 	}
+}
+
+// printNoChange gives --json its document where nothing differs.
+func printNoChange(c *cli.Context, p node.ConfigPlan) error {
+	if !c.Bool("json") {
+		return nil
+	}
+	return printJSON(os.Stdout, p)
 }
 
 // printResult shows what a change came to, and what is left to do.
@@ -226,7 +323,7 @@ func rollbackConfig(c *cli.Context) error {
 	}
 	printPlan(os.Stderr, p)
 	if len(p.Diff) == 0 {
-		return nil
+		return printNoChange(c, p)
 	}
 	if err := confirm(c.Bool("yes"), fmt.Sprintf("Go back to the settings before change %d?", id)); err != nil {
 		return err
@@ -294,9 +391,4 @@ func configHistory(c *cli.Context) error {
 		}
 	}
 	return t.Flush()
-}
-
-// restartPending restarts what waits for it, one node after the other.
-func restartPending(c *cli.Context) error {
-	return operate(c, "restart", node.RestartRequest{Rolling: true, Pending: true}, nil)
 }

@@ -50,7 +50,7 @@ func editAndChange(c *cli.Context, local *node.Local, path, text string, req *no
 	}
 	if len(p.Diff) == 0 {
 		fmt.Fprintln(os.Stderr, "Nothing was changed.")
-		return nil
+		return printNoChange(c, p)
 	}
 	printPlan(os.Stderr, p)
 	if err := confirm(c.Bool("yes"), "Make these changes?"); err != nil {
@@ -78,7 +78,7 @@ func editUntilRight(c *cli.Context, local *node.Local, path, text string, req *n
 			if again {
 				return node.ConfigPlan{}, fmt.Errorf("the mistake was left as it is: %w", errDeclined)
 			}
-			return node.ConfigPlan{}, nil
+			return node.ConfigPlan{Rev: req.Rev, Diff: []node.ConfigDiff{}}, nil
 		}
 		edited := withoutMistake(string(data))
 		if strings.TrimSpace(edited) == "" {

@@ -38,5 +38,5 @@ func maintain(c *cli.Context, req node.MaintenanceRequest) (err error) {
 	if req.Node, err = optionalNode(c); err != nil {
 		return err
 	}
-	return operate(c, "maintenance", req, nil)
+	return operate(c, "maintenance", req)
 }

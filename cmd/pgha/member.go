@@ -100,7 +100,7 @@ func removeMember(c *cli.Context) error {
 	if err := confirm(c.Bool("yes"), question); err != nil {
 		return err
 	}
-	return operate(c, "member-remove", node.MemberRemoveRequest{Name: name, AllowEven: c.Bool("allow-even")}, nil)
+	return operate(c, "member-remove", node.MemberRemoveRequest{Name: name, AllowEven: c.Bool("allow-even")})
 }
 
 func replaceMember(c *cli.Context) error {

@@ -22,17 +22,11 @@ var timeoutFlag = &cli.DurationFlag{Name: "timeout", Usage: "give up after this 
 var operationFlags = []cli.Flag{timeoutFlag, yesFlag, jsonFlag}
 
 // operate has the local daemon run an operation: it prints each step, and at the
-// end the status that the cluster is in. result, a pointer or nil, takes what the
-// operation returns.
-func operate(c *cli.Context, kind string, req, result any) error {
+// end the status that the cluster is in.
+func operate(c *cli.Context, kind string, req any) error {
 	answer, err := perform(c, newProgress(), kind, req)
 	if err != nil {
 		return err
-	}
-	if result != nil {
-		if err := json.Unmarshal(answer, result); err != nil {
-			return fmt.Errorf("decode result: %w", err)
-		}
 	}
 	return finish(c, kind, answer)
 }
@@ -58,18 +52,26 @@ func perform(c *cli.Context, p *progress, kind string, req any) (json.RawMessage
 
 // finish prints the result of an operation and the status that the cluster is in.
 func finish(c *cli.Context, kind string, result any) error {
+	return finishWith(c, kind, map[string]any{"result": result})
+}
+
+// finishWith is finish for an operation of several parts: document is what --json
+// prints, to which the status is added.
+func finishWith(c *cli.Context, kind string, document map[string]any) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), 15*time.Second)
 	defer cancel()
 	s, err := node.NewLocal(node.DefaultPaths()).Status(ctx)
 	if err != nil {
 		err = fmt.Errorf("%s is done, but the status cannot be read: %w", kind, err)
 		if c.Bool("json") {
-			err = errors.Join(err, printJSON(os.Stdout, map[string]any{"result": result, "status": nil}))
+			document["status"] = nil
+			err = errors.Join(err, printJSON(os.Stdout, document))
 		}
 		return err
 	}
 	if c.Bool("json") {
-		return printJSON(os.Stdout, map[string]any{"result": result, "status": s})
+		document["status"] = s
+		return printJSON(os.Stdout, document)
 	}
 	fmt.Fprintln(os.Stderr)
 	printStatus(os.Stdout, s)

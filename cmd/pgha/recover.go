@@ -81,7 +81,7 @@ func beginAnew(c *cli.Context, kind string, req node.RecoverRequest) error {
 	if err := confirm(c.Bool("yes"), planText(plan)+"Go on?"); err != nil {
 		return err
 	}
-	return operate(c, kind, req, nil)
+	return operate(c, kind, req)
 }
 
 // planText says what a recovery would do, and what nobody can check for the

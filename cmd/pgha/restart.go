@@ -33,7 +33,7 @@ func restartCommand() *cli.Command {
 					return err
 				}
 			}
-			return operate(c, "restart", req, nil)
+			return operate(c, "restart", req)
 		},
 	}
 }
@@ -71,7 +71,7 @@ func reloadCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return operate(c, "reload", node.ReloadRequest{Node: name}, nil)
+			return operate(c, "reload", node.ReloadRequest{Node: name})
 		},
 	}
 }
@@ -100,7 +100,7 @@ func reinitCommand() *cli.Command {
 			if err := confirm(c.Bool("yes"), what+"Until that is done, "+name+" cannot take over. Go on?"); err != nil {
 				return err
 			}
-			return operate(c, "reinit", node.ReinitRequest{Node: name, Discard: c.Bool("discard")}, nil)
+			return operate(c, "reinit", node.ReinitRequest{Node: name, Discard: c.Bool("discard")})
 		},
 	}
 }

@@ -28,6 +28,7 @@ func rotateCommand() *cli.Command {
 					&cli.BoolFlag{Name: "sign", Usage: "have the new CA sign all certificates"},
 					&cli.BoolFlag{Name: "finish", Usage: "trust the new CA alone"},
 					&cli.BoolFlag{Name: "back", Usage: "undo the last step"},
+					&cli.BoolFlag{Name: "former-destroyed", Usage: "with --finish or --back: the machines that recover left behind are destroyed or were reset"},
 				}, operationFlags...),
 				Action: rotateCA,
 			},
@@ -39,7 +40,7 @@ func rotatePasswords(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
-	return operate(c, "rotate-passwords", struct{}{}, nil)
+	return operate(c, "rotate-passwords", struct{}{})
 }
 
 func rotateCA(c *cli.Context) error {
@@ -61,10 +62,13 @@ func rotateCA(c *cli.Context) error {
 	if asked > 1 {
 		return errors.New("--sign, --finish and --back exclude each other: give one")
 	}
+	if req.FormerDestroyed = c.Bool("former-destroyed"); req.FormerDestroyed && req.Step != node.RotateCAFinish && req.Step != node.RotateCABack {
+		return errors.New("--former-destroyed goes with --finish or --back, which drop a CA")
+	}
 	if question != "" {
 		if err := confirm(c.Bool("yes"), question); err != nil {
 			return err
 		}
 	}
-	return operate(c, "rotate-ca", req, nil)
+	return operate(c, "rotate-ca", req)
 }

@@ -37,7 +37,7 @@ func switchoverCommand() *cli.Command {
 			if req.Cancel && (target != "" || c.IsSet("at")) {
 				return errors.New("--cancel takes neither NODE nor --at: there is one planned switchover at most")
 			}
-			return operate(c, "switchover", req, nil)
+			return operate(c, "switchover", req)
 		},
 	}
 }
@@ -66,7 +66,7 @@ func failoverCommand() *cli.Command {
 					return err
 				}
 			}
-			return operate(c, "failover", req, nil)
+			return operate(c, "failover", req)
 		},
 	}
 }
@@ -77,7 +77,7 @@ func failoverText(p node.FailoverPlan) string {
 	for _, c := range p.Candidates {
 		fmt.Fprintf(&b, "  %s\n", c)
 	}
-	fmt.Fprintf(&b, "No primary serves. Commits that clients were told are safe may be lost for good. Promote %s all the same?", p.Promotes.Name)
+	fmt.Fprintf(&b, "No primary serves as far as this node sees. Commits that clients were told are safe may be lost for good. Promote %s all the same?", p.Promotes.Name)
 	return b.String()
 }
 
@@ -96,7 +96,7 @@ func pausing(name, usage string, pause bool) *cli.Command {
 			if err := noArgs(c); err != nil {
 				return err
 			}
-			return operate(c, name, node.PauseRequest{Pause: pause}, nil)
+			return operate(c, name, node.PauseRequest{Pause: pause})
 		},
 	}
 }

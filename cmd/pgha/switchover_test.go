@@ -4,7 +4,19 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"pgha/node"
 )
+
+func TestFailoverText(t *testing.T) {
+	n2 := node.Candidate{Name: "n2", Timeline: 3, LagBytes: 100, Loss: "may lose what n1 acknowledged alone"}
+	got := failoverText(node.FailoverPlan{Promotes: n2, Candidates: []node.Candidate{n2, {Name: "n1", LagBytes: -1, Unfit: "its pgha does not answer"}}})
+	for _, want := range []string{"n2: timeline 3", "may lose what n1 acknowledged alone", "n1: timeline 0", "its pgha does not answer", "Promote n2 all the same?"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("it does not say %q: %s", want, got)
+		}
+	}
+}
 
 func TestParseAt(t *testing.T) {
 	now := time.Date(2026, 1, 30, 12, 0, 0, 0, time.UTC)

@@ -43,7 +43,7 @@ func upgradePostgresCommand() *cli.Command {
 			if err := confirm(c.Bool("yes"), what+"If PostgreSQL is among it, the primary hands over before its turn. Go on?"); err != nil {
 				return err
 			}
-			return operate(c, "upgrade-postgres", node.UpgradePostgresRequest{NoDownload: c.Bool("no-download")}, nil)
+			return operate(c, "upgrade-postgres", node.UpgradePostgresRequest{NoDownload: c.Bool("no-download")})
 		},
 	}
 }

@@ -139,6 +139,9 @@ func (r *rig) configRefusals(t *testing.T, w *testbed.Writer) {
 	if !strings.Contains(out, "max_connections needs a restart of PostgreSQL on n1, n2") || !strings.Contains(out, "dry run") {
 		t.Errorf("a dry run says %s", out)
 	}
+	for _, args := range [][]string{{"show"}, {"get", "postgresql.work_mem"}} {
+		r.refused(t, "n1", append([]string{"config"}, append(args, "--node", "n9")...), `no data node "n9"`, "n1, n2")
+	}
 	if after := r.history(t); len(after) != len(before) {
 		t.Errorf("%d changes after refusals, %d before", len(after), len(before))
 	}
@@ -164,7 +167,15 @@ func (r *rig) configRestart(t *testing.T, _ *testbed.Writer) {
 		t.Errorf("before the restart: %+v", rows)
 	}
 	r.wantShown(t, "max_locks_per_transaction", both("64"))
-	r.do(t, "n1", "config", "set", "--restart", "--yes", "postgresql.max_connections=111")
+	var out struct {
+		Result  node.ConfigResult `json:"result"`
+		Restart json.RawMessage   `json:"restart"`
+		Status  node.Status       `json:"status"`
+	}
+	r.read(t, &out, "n1", "config", "set", "--restart", "--yes", "--json", "postgresql.max_connections=111")
+	if len(out.Result.Pending) != 2 || len(out.Restart) == 0 || out.Status.Leader == "" {
+		t.Errorf("config set --restart --json says %+v", out)
+	}
 	r.wantShown(t, "max_connections", both("111"))
 	r.wantShown(t, "max_locks_per_transaction", both("96"))
 	if rows := r.shown(t, "postgresql.max_connections"); len(rows) != 1 || rows[0].Where != "cluster" || len(rows[0].Restart) > 0 {
@@ -188,11 +199,16 @@ func (r *rig) configClients(t *testing.T, w *testbed.Writer) {
 	if err := r.reaches(t, "outside"); err != nil {
 		t.Fatalf("before the change: %v", err)
 	}
-	r.setConfig(t, "set", "--json", "clients="+lab.ClientAddr().String()+"/32")
+	only := "clients=" + lab.ClientAddr().String() + "/32"
+	r.refused(t, "n1", []string{"config", "set", only}, "cannot connect any more", "--yes")
+	if err := r.reaches(t, "outside"); err != nil {
+		t.Fatalf("before it was confirmed: %v", err)
+	}
+	r.setConfig(t, "set", "--json", "--yes", only)
 	if r.reaches(t, "outside") == nil {
 		t.Error("a host outside of clients reaches the database")
 	}
-	r.setConfig(t, "set", "--json", "clients+="+r.Addr("outside")+"/32")
+	r.setConfig(t, "set", "--json", "--yes", "clients+="+r.Addr("outside")+"/32")
 	if err := r.reaches(t, "outside"); err != nil {
 		t.Errorf("a host that was let in: %v", err)
 	}
@@ -208,18 +224,18 @@ func (r *rig) configClients(t *testing.T, w *testbed.Writer) {
 		t.Fatalf("before the rule: %v", err)
 	}
 	rule := "hostssl all bob all reject"
-	r.setConfig(t, "set", "--json", "hba+="+rule)
+	r.setConfig(t, "set", "--json", "--yes", "hba+="+rule)
 	if err := r.login(t, "bob"); err == nil || !strings.Contains(err.Error(), "pg_hba.conf rejects") {
 		t.Errorf("a login against the rule: %v", err)
 	}
 	// The product's own roles cannot be shut out.
-	r.setConfig(t, "set", "--json", "hba+=hostssl all alice all reject;hostssl all all fd00::/64 reject")
+	r.setConfig(t, "set", "--json", "--yes", "hba+=hostssl all alice all reject;hostssl all all fd00::/64 reject")
 	r.refused(t, "n1", []string{"config", "set", "hba-=hostssl all carol all reject"}, "does not hold")
-	r.setConfig(t, "set", "--json", "hba-="+rule)
+	r.setConfig(t, "set", "--json", "--yes", "hba-="+rule)
 	if err := r.login(t, "bob"); err != nil {
 		t.Errorf("after the rule was taken away: %v", err)
 	}
-	r.setConfig(t, "unset", "--json", "hba")
+	r.setConfig(t, "unset", "--json", "--yes", "hba")
 	r.unharmed(t, w)
 }
 
@@ -250,7 +266,7 @@ func (r *rig) login(t *testing.T, user string) error {
 }
 
 func (r *rig) configAsync(t *testing.T, w *testbed.Writer) {
-	r.setConfig(t, "set", "--json", "async=on")
+	r.setConfig(t, "set", "--json", "--yes", "async=on")
 	s := r.await(t, "n1", "asynchronous replication", func(s node.Status) bool { return s.Promise.Mode == "async" })
 	if got := r.show(t, s.Leader, "synchronous_standby_names"); got != "" {
 		t.Errorf("commits still wait for %s", got)
