@@ -101,7 +101,7 @@ func setUpLink(name string, own int) error {
 		if n == own {
 			continue
 		}
-		err := netlink.NeighAdd(&netlink.Neigh{
+		err := netlink.NeighSet(&netlink.Neigh{
 			LinkIndex: link.Attrs().Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
 			IP: addrOf(n).AsSlice(), HardwareAddr: macOf(n),
 		})
