@@ -79,7 +79,7 @@ func secretOf(token string) string { return token[len(token)/2:] }
 
 func checkJSON(e edge) {
 	for _, args := range [][]string{
-		{"status", "--json"}, {"token", "create", "--json"}, {"token", "list", "--json"},
+		{"status", "--json"}, {"token", "list", "--json"},
 		{"cert", "list", "--json"}, {"cert", "renew", "--json"}, {"version", "--json"},
 	} {
 		for _, host := range []string{"n1", "witness"} {
@@ -87,7 +87,13 @@ func checkJSON(e edge) {
 			e.json(e.done(host, args...), &v)
 		}
 	}
+	e.refused("witness", []string{"a witness lets nobody in: make the token on n1 or n2"}, "token", "create", "--json")
 	var a node.TokenAnswer
+	// It stays valid, so that the firewalls do not change in the steps that follow.
+	e.json(e.done("n1", "token", "create", "--json"), &a)
+	if a.Role != "data" {
+		e.t.Errorf("a data node's token is for a %q", a.Role)
+	}
 	e.json(e.done("n1", "token", "create", "--json", "--witness", "--name", "third", "--ttl", "30m"), &a)
 	if a.Role != "witness" {
 		e.t.Errorf("a witness's token is for a %q", a.Role)
