@@ -39,8 +39,8 @@ func (n *Node) dialMember(ctx context.Context, m cluster.Member, database string
 
 // primaryDial connects to databases of the primary.
 func (n *Node) primaryDial(ctx context.Context) (sqladmin.Dial, error) {
-	if n.cfg.Role != cluster.RoleData {
-		return nil, refused(cluster.CodeBadRequest, "a witness has no key to the data: run it on %s", orList(n.dataNodes()))
+	if err := n.notOnWitness("has no key to the data"); err != nil {
+		return nil, err
 	}
 	l, err := n.readLeadership(ctx)
 	if err != nil {

@@ -126,11 +126,11 @@ func decideFailover(o failoverObservation, req FailoverRequest) (Candidate, erro
 	case i < 0 && slices.ContainsFunc(o.members, func(m MemberStatus) bool { return m.Name == req.Target }):
 		return Candidate{}, refused(cluster.CodeBadRequest, "%s is a witness and has no PostgreSQL: name a data node", req.Target)
 	case i < 0:
-		var members []handOverMember
+		var known []string
 		for _, m := range o.members {
-			members = append(members, handOverMember{MemberStatus: m})
+			known = append(known, m.Name)
 		}
-		return Candidate{}, unknownNode(req.Target, members)
+		return Candidate{}, unknownNode(req.Target, known)
 	case o.serving != "":
 		return Candidate{}, refused(cluster.CodeConflict, "%s is the primary and serves: to move the primary use pgha switchover", o.serving)
 	case o.paused:
@@ -176,8 +176,8 @@ type FailoverPlan struct {
 // planFailover looks at everything and changes nothing. It does not wait until a
 // primary that has gone silent is surely shut: the failover does, and decides anew.
 func (n *Node) planFailover(ctx context.Context, req FailoverRequest) (FailoverPlan, error) {
-	if n.cfg.Role != cluster.RoleData {
-		return FailoverPlan{}, refused(cluster.CodeBadRequest, "a witness cannot judge the data nodes: run it on %s", orList(n.dataNodes()))
+	if err := n.notOnWitness("cannot judge the data nodes"); err != nil {
+		return FailoverPlan{}, err
 	}
 	l, err := n.readLeadership(ctx)
 	if err != nil {

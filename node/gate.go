@@ -173,17 +173,9 @@ func (g *gatekeeper) run(ctx context.Context) {
 
 // feed tells the gate what PostgreSQL and Patroni do.
 func (g *gatekeeper) feed(ctx context.Context) {
-	news, stop := g.watcher.Subscribe()
-	defer stop()
 	restarting, since := false, time.Time{}
 	var replica, primary postgres.Probe // the last one that told of a replica, of a primary
-	for {
-		var p postgres.Probe
-		select {
-		case <-ctx.Done():
-			return
-		case p = <-news:
-		}
+	g.watcher.Follow(ctx, func(p postgres.Probe) {
 		// A replica that receives nothing any more knows its timeline from its last
 		// checkpoint alone. It is never on an earlier one than it has been on.
 		if p.Kind == postgres.Recovery {
@@ -211,7 +203,7 @@ func (g *gatekeeper) feed(ctx context.Context) {
 		}
 		l.Restarting = p.Kind == postgres.Gone && restarting && time.Since(since) < restartingFor && !l.Stopping
 		g.gate.Local(l)
-	}
+	})
 }
 
 // moment turns the watcher's clock, which is the gate's, into a Moment. Its

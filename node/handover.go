@@ -94,7 +94,7 @@ func decideHandOver(o handOverObservation, target string) (string, error) {
 	m, known := o.member(target)
 	switch {
 	case target != "" && !known:
-		return "", unknownNode(target, o.members)
+		return "", unknownNode(target, namesOf(o.members))
 	case target != "" && m.Role == cluster.RoleWitness:
 		return "", refused(cluster.CodeBadRequest, "%s is a witness and has no PostgreSQL: name a data node", target)
 	case o.leader == "":
@@ -173,12 +173,16 @@ func refused(code cluster.Code, format string, args ...any) error {
 	return &cluster.Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-func unknownNode(name string, members []handOverMember) error {
-	var known []string
-	for _, m := range members {
-		known = append(known, m.Name)
-	}
+func unknownNode(name string, known []string) error {
 	return refused(cluster.CodeBadRequest, "there is no node %q: the cluster has %s", name, strings.Join(known, ", "))
+}
+
+func namesOf(members []handOverMember) []string {
+	var out []string
+	for _, m := range members {
+		out = append(out, m.Name)
+	}
+	return out
 }
 
 // observeHandOver looks at everything that a hand-over depends on.

@@ -177,15 +177,7 @@ func adviceFor(self string, role cluster.NodeRole, members []cluster.Member, ans
 
 // hasMajority says whether most of etcd's voters answer, and one of them leads.
 func hasMajority(o observation) bool {
-	voters, answering := 0, 0
-	for _, m := range o.members {
-		if m.voter() {
-			voters++
-			if m.Reachable {
-				answering++
-			}
-		}
-	}
+	voters, answering := countVoters(o.members)
 	return o.quorum && answering > voters/2
 }
 

@@ -86,7 +86,10 @@ func (n *Node) readLeadership(ctx context.Context) (leadership, error) {
 
 // memberNamed returns a member of the roster.
 func (n *Node) memberNamed(name string) (cluster.Member, error) {
-	members := n.snapshot().Members
+	return pickMember(n.snapshot().Members, name)
+}
+
+func pickMember(members []cluster.Member, name string) (cluster.Member, error) {
 	i := slices.IndexFunc(members, func(m cluster.Member) bool { return m.Name == name })
 	if i < 0 {
 		return cluster.Member{}, refused(cluster.CodeNoMember, "the cluster has no member %q", name)

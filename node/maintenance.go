@@ -54,7 +54,7 @@ const (
 func decideMaintenance(o maintenanceObservation) (maintenanceAction, error) {
 	i := slices.IndexFunc(o.members, func(m handOverMember) bool { return m.Name == o.node })
 	if i < 0 {
-		return maintenanceNone, unknownNode(o.node, o.members)
+		return maintenanceNone, unknownNode(o.node, namesOf(o.members))
 	}
 	m := o.members[i]
 	switch {
@@ -278,12 +278,12 @@ func (n *Node) freshMember(ctx context.Context, name string) (cluster.Member, le
 	if err != nil {
 		return cluster.Member{}, leadership{}, err
 	}
-	i := slices.IndexFunc(members, func(m cluster.Member) bool { return m.Name == name })
-	if i < 0 {
-		return cluster.Member{}, leadership{}, refused(cluster.CodeNoMember, "the cluster has no member %q", name)
+	m, err := pickMember(members, name)
+	if err != nil {
+		return cluster.Member{}, leadership{}, err
 	}
 	l, err := n.readLeadership(ctx)
-	return members[i], l, err
+	return m, l, err
 }
 
 // maintenanceToDo says for each node in maintenance what to do about it.

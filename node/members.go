@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
 	"pgha/cluster"
@@ -120,7 +119,7 @@ func (n *Node) createToken(w http.ResponseWriter, r *http.Request) {
 
 func (n *Node) newToken(ctx context.Context, req TokenRequest, by string) (TokenAnswer, error) {
 	if n.cfg.Role != cluster.RoleData {
-		return TokenAnswer{}, refused(cluster.CodeBadRequest, "a witness lets nobody in: make the token on %s", strings.Join(n.dataNodes(), " or "))
+		return TokenAnswer{}, refused(cluster.CodeBadRequest, "a witness lets nobody in: make the token on %s", orList(n.dataNodes()))
 	}
 	store := n.store.Load()
 	if store == nil {

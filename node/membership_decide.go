@@ -3,7 +3,6 @@ package node
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	"pgha/cluster"
 	"pgha/patroni"
@@ -92,7 +91,7 @@ func decideRemove(o removeObservation) error {
 	case o.self:
 		return refused(cluster.CodeBadRequest, "%s is this node: pgha leave takes it out, or run this on another node", o.name)
 	case !slices.Contains(o.known, o.name) && !o.ghost:
-		return refused(cluster.CodeBadRequest, "there is no node %q: the cluster has %s", o.name, strings.Join(o.known, ", "))
+		return unknownNode(o.name, o.known)
 	case o.joining:
 		return nil
 	}
@@ -125,7 +124,7 @@ func decideReplace(o replaceObservation) error {
 	}
 	switch {
 	case !slices.Contains(o.known, o.name):
-		return refused(cluster.CodeBadRequest, "there is no node %q: the cluster has %s", o.name, strings.Join(o.known, ", "))
+		return unknownNode(o.name, o.known)
 	case o.self:
 		return refused(cluster.CodeBadRequest, "%s is this node: run this on another one", o.name)
 	case o.as != "" && o.as != o.role:
@@ -149,13 +148,8 @@ func decideReplace(o replaceObservation) error {
 // observeLeave looks at what the decisions about a node's going need.
 func (n *Node) observeLeave(s Status, name string) leaveObservation {
 	o := leaveObservation{members: len(s.Members), leader: s.Leader == name, noPrimary: s.Leader == ""}
+	o.voters, o.answering = countVoters(s.Members)
 	for _, m := range s.Members {
-		if m.voter() {
-			o.voters++
-			if m.Reachable {
-				o.answering++
-			}
-		}
 		switch {
 		case m.Name == name:
 			o.voter, o.silent, o.data = m.voter(), !m.Reachable, m.Role == cluster.RoleData

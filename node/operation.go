@@ -187,8 +187,8 @@ func (n *Node) operationHandler(w http.ResponseWriter, r *http.Request) {
 	if err == nil && !known {
 		err = &cluster.Error{Code: cluster.CodeBadRequest, Message: fmt.Sprintf("there is no operation %q: use one of %s", kind, strings.Join(slices.Sorted(maps.Keys(operations)), ", "))}
 	}
-	if err == nil && spec.data && n.cfg.Role != cluster.RoleData {
-		err = &cluster.Error{Code: cluster.CodeBadRequest, Message: "a witness has no passwords and cannot do this: run it on " + strings.Join(n.dataNodes(), " or ")}
+	if err == nil && spec.data {
+		err = n.notOnWitness("has no passwords and cannot do this")
 	}
 	if err != nil {
 		reply(w, nil, err)
@@ -383,6 +383,14 @@ func busy(value []byte) error {
 	}
 	return &cluster.Error{Code: cluster.CodeConflict, Message: fmt.Sprintf("another operation is under way: %s by %s, running on %s since %s: wait until it has ended",
 		o.Kind, o.Actor, o.Node, o.Since.Format(time.DateTime))}
+}
+
+// notOnWitness refuses, on a witness, what only a data node can do, naming those.
+func (n *Node) notOnWitness(why string) error {
+	if n.cfg.Role == cluster.RoleData {
+		return nil
+	}
+	return refused(cluster.CodeBadRequest, "a witness %s: run it on %s", why, orList(n.dataNodes()))
 }
 
 // dataNodes names the data nodes of the roster.

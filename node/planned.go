@@ -64,7 +64,7 @@ func decidePlan(o planObservation) error {
 	case o.target == "":
 		return nil
 	case i < 0:
-		return unknownNode(o.target, o.members)
+		return unknownNode(o.target, namesOf(o.members))
 	case o.members[i].Role == cluster.RoleWitness:
 		return refused(cluster.CodeBadRequest, "%s is a witness and has no PostgreSQL: name a data node", o.target)
 	case o.members[i].Maintenance != nil:

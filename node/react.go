@@ -71,16 +71,8 @@ func monotonic() time.Duration { return gate.SystemClock{}.Now().Mono }
 
 // watchStandbys sees to it that commits do not wait for a standby that is gone.
 func (r *reactor) watchStandbys(ctx context.Context) {
-	news, stop := r.watcher.Subscribe()
-	defer stop()
 	var watch standbyWatch
-	for {
-		var p postgres.Probe
-		select {
-		case <-ctx.Done():
-			return
-		case p = <-news:
-		}
+	r.watcher.Follow(ctx, func(p postgres.Probe) {
 		v := r.n.snapshot().View
 		var standbys []string
 		if v.Sync.Leader == r.n.cfg.Name {
@@ -91,7 +83,7 @@ func (r *reactor) watchStandbys(ctx context.Context) {
 			what, why := decideStandbyLost(o)
 			r.aboutStandby(ctx, name, watch.by[name], what, why)
 		}
-	}
+	})
 }
 
 func (r *reactor) aboutStandby(ctx context.Context, name string, s *standbyState, what standbyAction, why string) {

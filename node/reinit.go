@@ -49,7 +49,7 @@ func decideReinit(o handOverObservation, name string) error {
 	m, known := o.member(name)
 	switch {
 	case !known:
-		return unknownNode(name, o.members)
+		return unknownNode(name, namesOf(o.members))
 	case m.Role == cluster.RoleWitness:
 		return refused(cluster.CodeBadRequest, "%s is a witness and has no PostgreSQL: name a data node", name)
 	case o.leader == "":

@@ -77,7 +77,7 @@ func decideRestart(o restartObservation, req RestartRequest) (restartPlan, error
 	case req.Node == "" && !req.Rolling:
 		return p, refused(cluster.CodeBadRequest, "which node? Name one of %s, or restart all, one after the other, with --rolling", strings.Join(data, ", "))
 	case req.Node != "" && !known:
-		return p, unknownNode(req.Node, o.members)
+		return p, unknownNode(req.Node, namesOf(o.members))
 	case req.Node != "" && named.Role == cluster.RoleWitness:
 		return p, refused(cluster.CodeBadRequest, "%s is a witness and has no PostgreSQL: the data nodes are %s", req.Node, strings.Join(data, ", "))
 	case o.leader == "":

@@ -295,8 +295,8 @@ func (n *Node) configPlanHandler(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	var req ConfigRequest
 	err := decode(w, r, &req)
-	if err == nil && n.cfg.Role != cluster.RoleData {
-		err = badConfig(fmt.Errorf("a witness has no PostgreSQL to ask: run it on %s", strings.Join(n.dataNodes(), " or ")))
+	if err == nil {
+		err = n.notOnWitness("has no PostgreSQL to ask")
 	}
 	var p *ConfigPlan
 	if err == nil {

@@ -137,11 +137,9 @@ type verdict struct {
 	todo     []string
 }
 
-// assess judges the cluster. It is pure: all that it says follows from o.
-func assess(o observation) verdict {
-	v := verdict{promise: promiseOf(o)}
-	voters, answering := 0, 0
-	for _, m := range o.members {
+// countVoters counts etcd's voters, and those of them whose pgha answers.
+func countVoters(members []MemberStatus) (voters, answering int) {
+	for _, m := range members {
 		if m.voter() {
 			voters++
 			if m.Reachable {
@@ -149,6 +147,13 @@ func assess(o observation) verdict {
 			}
 		}
 	}
+	return voters, answering
+}
+
+// assess judges the cluster. It is pure: all that it says follows from o.
+func assess(o observation) verdict {
+	v := verdict{promise: promiseOf(o)}
+	voters, answering := countVoters(o.members)
 	if !o.viewed && voters > 0 && answering < voters/2+1 {
 		// A learner never stands for election, and so never notices that its
 		// leader is gone.

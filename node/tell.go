@@ -21,17 +21,9 @@ const quorumMissed = 3 * time.Second
 
 // tellRoles tells what this node's PostgreSQL becomes, until ctx ends.
 func (g *gatekeeper) tellRoles(ctx context.Context) {
-	news, stop := g.watcher.Subscribe()
-	defer stop()
 	var last postgres.Probe
 	known := false
-	for {
-		var p postgres.Probe
-		select {
-		case <-ctx.Done():
-			return
-		case p = <-news:
-		}
+	g.watcher.Follow(ctx, func(p postgres.Probe) {
 		if text := roleText(last, p); known && text != "" {
 			kind := EventRole
 			if p.Kind == postgres.Gone || p.Kind == postgres.Hung {
@@ -45,7 +37,7 @@ func (g *gatekeeper) tellRoles(ctx context.Context) {
 		if toldKind(p.Kind) {
 			last, known = p, true
 		}
-	}
+	})
 }
 
 // toldKind says whether a kind of probe tells of something lasting.

@@ -35,8 +35,8 @@ func (n *Node) listPackages(ctx context.Context) (PackagesResult, error) {
 
 // packagesHandler serves the command line.
 func (n *Node) packagesHandler(w http.ResponseWriter, r *http.Request) {
-	if n.cfg.Role != cluster.RoleData {
-		reply(w, nil, refused(cluster.CodeBadRequest, "a witness has none of these packages: run it on %s", orList(n.dataNodes())))
+	if err := n.notOnWitness("has none of these packages"); err != nil {
+		reply(w, nil, err)
 		return
 	}
 	p, err := n.listPackages(r.Context())

@@ -145,6 +145,21 @@ func (w *Watcher) Subscribe() (<-chan Probe, func()) {
 	}
 }
 
+// Follow hands each the last probe and then those that are made, as
+// [Watcher.Subscribe] does, until ctx ends.
+func (w *Watcher) Follow(ctx context.Context, each func(Probe)) {
+	news, stop := w.Subscribe()
+	defer stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case p := <-news:
+			each(p)
+		}
+	}
+}
+
 // Now makes one fresh probe: its At is later than the call. It may be used
 // without Run. When ctx ends before the answer comes, the probe is Unknown.
 func (w *Watcher) Now(ctx context.Context) Probe {

@@ -134,7 +134,13 @@ func (r *rig) do(t *testing.T, host string, args ...string) string {
 // refused runs a pgha command that must fail, and say each of the words.
 func (r *rig) refused(t *testing.T, host string, args []string, words ...string) {
 	t.Helper()
-	out, err := r.Host(host).Command(within(t, wait), bin, args...).CombinedOutput()
+	r.refusedBy(t, host, bin, args, words...)
+}
+
+// refusedBy is refused with another program than the one under test.
+func (r *rig) refusedBy(t *testing.T, host, program string, args []string, words ...string) {
+	t.Helper()
+	out, err := r.Host(host).Command(within(t, wait), program, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) {
 		t.Fatalf("pgha %s on %s was not refused (%v): %s", strings.Join(args, " "), host, err, out)

@@ -198,13 +198,7 @@ func (r *recovery) quorumIsRecovered(t *testing.T) {
 		t.Errorf("recovered as %+v", got)
 	}
 	r.await(t, r.left, "a primary that is alone", func(s node.Status) bool { return s.Leader == r.left && len(s.Members) == 1 })
-	w, err := r.StartWriter(t.Context(), r.base(), r.left)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.goesOn(t, w)
-	r.writes = append(r.writes, w.Stop()...)
-	r.nothingLostOn(t, r.left)
+	r.takesWrites(t)
 	if out := r.do(t, r.left, "events"); !strings.Contains(out, "generation 2 was begun on "+r.left) {
 		t.Errorf("there is no event of it: %s", out)
 	}
@@ -280,6 +274,12 @@ func (r *recovery) snapshotIsRestored(t *testing.T) {
 	if result.Result.Generation != 3 || result.Result.Leader != r.left {
 		t.Errorf("restored as %+v", result.Result)
 	}
+	r.takesWrites(t)
+}
+
+// takesWrites: the node that is left takes commits, and has all that ever were.
+func (r *recovery) takesWrites(t *testing.T) {
+	t.Helper()
 	w, err := r.StartWriter(t.Context(), r.base(), r.left)
 	if err != nil {
 		t.Fatal(err)

@@ -213,16 +213,7 @@ func all(version string) map[string]string {
 // refuses runs a command that must fail and say each of the words.
 func (u *upgrading) refuses(t *testing.T, host string, args []string, words ...string) {
 	t.Helper()
-	out, err := u.Host(host).Command(within(t, wait), installedPgha, args...).CombinedOutput()
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) {
-		t.Fatalf("pgha %s on %s was not refused (%v): %s", strings.Join(args, " "), host, err, out)
-	}
-	for _, word := range words {
-		if !strings.Contains(string(out), word) {
-			t.Errorf("pgha %s on %s does not say %q: %s", strings.Join(args, " "), host, word, out)
-		}
-	}
+	u.refusedBy(t, host, installedPgha, args, words...)
 }
 
 // restartInPlace: each daemon runs its own program again, in its process.
