@@ -89,8 +89,9 @@ func (n *Node) partProblem(ctx context.Context, part string, err error) {
 	}
 }
 
-// observe reads the world from the local etcd member. Its reads are
-// serializable: they answer without a quorum, and a write wakes the next round.
+// observe reads the world from etcd through the local member. What is pgha's own
+// needs a quorum, and is as it was while there is none; a write wakes the next
+// round.
 func (n *Node) observe(ctx context.Context) (world, error) {
 	w := n.snapshot()
 	w.Viewed = false
